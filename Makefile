@@ -1,0 +1,58 @@
+# make site    the course site, from nothing, in build/site/
+# make test    every check but the long ones, from nothing
+# The other targets: lab, notebooks, lint, stress, wheel, lock, clean.
+VENV ?= .venv
+PYTHON ?= python3
+PY := $(VENV)/bin/python
+PIP_INSTALL = $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+# Data beside the project, when there is some (full-size CIFAR-10 and the like): tests that want it skip without it.
+SHARED_DATA := $(wildcard ../shared/datasets)
+export COMPANION_TEST_DATA ?= $(if $(SHARED_DATA),$(abspath $(SHARED_DATA)))
+
+.PHONY: site test lint lab notebooks stress wheel lock clean
+
+site: $(VENV)/.site
+	$(PY) tools/build_site.py
+	$(PY) tools/check_site.py build/site
+	$(PY) -m pytest tests/site/browser.py
+
+test: $(VENV)/.test
+	$(PY) -m pytest
+	$(PY) tools/run_notebooks.py --check
+
+lint: $(VENV)/.test
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+lab: $(VENV)/.test
+	$(VENV)/bin/jupyter lab --notebook-dir=notebooks
+
+# Runs the notebooks again, from top to bottom, and stores what they print.
+notebooks: $(VENV)/.test
+	$(PY) tools/run_notebooks.py
+
+stress: $(VENV)/.test
+	$(PY) -m pytest -m stress
+
+lock:
+	$(PYTHON) -m venv build/lock && build/lock/bin/pip install --quiet uv
+	build/lock/bin/uv pip compile --quiet --universal --python-version 3.11 --extra all --no-emit-package companion \
+	    --no-annotate --upgrade --custom-compile-command "make lock" pyproject.toml -o constraints.txt
+
+clean:
+	rm -rf build dist $(VENV)
+
+$(PY):
+	$(PYTHON) -m venv $(VENV)
+
+# The site needs its own extra and the package itself, not torch: its reference pages mock what they do not import.
+$(VENV)/.site: pyproject.toml constraints.txt | $(PY)
+	$(PIP_INSTALL) $$($(PY) tools/extra.py site)
+	$(PIP_INSTALL) --no-deps -e .
+	touch $@
+
+$(VENV)/.test: pyproject.toml constraints.txt | $(PY)
+	$(PIP_INSTALL) -e ".[notebooks,test]"
+	touch $@

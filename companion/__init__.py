@@ -1,0 +1,20 @@
+"""Make neural networks smaller and faster, and measure it: the package behind the course.
+
+``import companion`` is instant. A room such as ``companion.train`` is imported, and torch with it, when it is first used.
+"""
+
+from importlib import import_module
+from types import ModuleType
+
+from companion.errors import CompanionError
+
+__version__ = "0.1.0"
+__all__ = ["CompanionError", "__version__", "datasets", "metrics", "models", "train"]
+
+ROOMS = ("datasets", "metrics", "models", "train")
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in ROOMS:
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,120 @@
+"""A network in one safetensors file: its weights, and in the header what it takes to rebuild and to use it."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from companion.errors import CompanionError
+from companion.files import replacing
+from companion.models.registry import ModelInfo, attach, create, describe
+
+FORMAT = "companion-1"
+
+
+def save(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    labels: Sequence[str] | None = None,
+    vocabulary: Sequence[str] | None = None,
+) -> None:
+    """Write ``model`` to a ``.safetensors`` file, whole or not at all.
+
+    Args:
+        model: a network from `create` or `load`.
+        path: the file; an existing one is replaced.
+        labels: class names in the order of the outputs, if not those the network already carries.
+        vocabulary: for text, the words in the order of their ids, likewise.
+
+    Raises:
+        CompanionError: not one of our networks, labels that do not fit, or the file cannot be written.
+    """
+    info = describe(model)
+    if labels is not None:
+        info = replace(info, labels=tuple(labels))
+    if vocabulary is not None:
+        info = replace(info, vocabulary=tuple(vocabulary))
+    attach(model, info)
+    metadata = {
+        "format": FORMAT,
+        "model": info.name,
+        "configuration": json.dumps(info.configuration),
+        "task": info.task,
+        "labels": json.dumps(info.labels, ensure_ascii=False),
+        "vocabulary": json.dumps(info.vocabulary, ensure_ascii=False),
+    }
+    # A file has no memory format (channels-last) and no device.
+    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    with replacing(path) as file:
+        file.write(safetensors.torch.save(state, metadata))
+
+
+def load(path: str | os.PathLike[str]) -> nn.Module:
+    """Rebuild the network that `save` wrote, in evaluation mode on the CPU. Nothing in the file is executed.
+
+    Raises:
+        CompanionError: the file is missing, truncated, of another kind, or does not fit the network it names.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CompanionError(f"there is no weights file {path}.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            info = _read_info(path, file.metadata() or {})
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise CompanionError(f"{path} is not a safetensors file or is damaged: {error}.") from error
+    # Built without memory first: a forged configuration is refused by shape before it can ask for any.
+    with torch.device("meta"):
+        model = create(info.name, **info.configuration)
+    if info.task != describe(model).task:
+        raise CompanionError(f"{path} says that {info.name} is for the task {info.task!r}, which it is not.")
+    _check_fit(path, info.name, model.state_dict(), state)
+    model.load_state_dict(state, assign=True)
+    return attach(model, info).eval()
+
+
+def _read_info(path: Path, metadata: dict[str, str]) -> ModelInfo:
+    if metadata.get("format") != FORMAT:
+        raise CompanionError(
+            f"{path} is a safetensors file, but not one of companion's: it does not say which network it holds."
+        )
+    try:
+        configuration = json.loads(metadata["configuration"])
+        labels, vocabulary = (json.loads(metadata[key]) for key in ("labels", "vocabulary"))
+        if not isinstance(configuration, dict):
+            raise TypeError("the configuration is not a table")
+        for words in (labels, vocabulary):
+            if words is not None and not all(isinstance(word, str) for word in words):
+                raise TypeError("a label or a word is not text")
+        return ModelInfo(
+            name=metadata["model"],
+            configuration={k: tuple(v) if isinstance(v, list) else v for k, v in configuration.items()},
+            task=metadata["task"],
+            labels=None if labels is None else tuple(labels),
+            vocabulary=None if vocabulary is None else tuple(vocabulary),
+        )
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise CompanionError(f"{path} has a damaged description of its network: {error}.") from error
+
+
+def _check_fit(path: Path, name: str, wanted: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+    """Every tensor of the network must be in the file, with its shape and kind of number, and nothing else."""
+    for key, tensor in wanted.items():
+        if key not in found:
+            raise CompanionError(f"{path} does not fit {name}: it lacks the tensor {key}.")
+        other = found[key]
+        if other.shape != tensor.shape or other.is_floating_point() != tensor.is_floating_point():
+            raise CompanionError(
+                f"{path} does not fit {name}: {key} is {other.dtype} {list(other.shape)}, "
+                f"the network needs {tensor.dtype} {list(tensor.shape)}."
+            )
+    if extra := sorted(found.keys() - wanted.keys()):
+        raise CompanionError(f"{path} does not fit {name}: it has the tensor {extra[0]}, which the network lacks.")
