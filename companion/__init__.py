@@ -1,6 +1,7 @@
 """Make neural networks smaller and faster, and measure it: the package behind the course.
 
-``import companion`` is instant. A room such as ``companion.train`` is imported, and torch with it, when it is first used.
+``import companion`` is instant: a room such as ``companion.train`` is imported, and torch with it, when it is
+first used.
 """
 
 from importlib import import_module

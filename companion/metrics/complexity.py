@@ -9,7 +9,7 @@ from companion.errors import CompanionError
 
 
 def count_parameters(model: nn.Module, *, trainable_only: bool = False) -> int:
-    """Number of parameters, a shared (tied) one counted once. Buffers, such as BatchNorm's averages, are not parameters."""
+    """Number of parameters, a shared (tied) one counted once; buffers, such as BatchNorm's averages, are none."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable_only)
 
 
@@ -23,9 +23,9 @@ def model_bytes(path_or_model: str | os.PathLike[str] | nn.Module) -> int:
         CompanionError: there is no such file.
     """
     if isinstance(path_or_model, nn.Module):
-        tensors = [*path_or_model.parameters(), *path_or_model.buffers()]
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}
-        return sum(storages.values())
+        storages = [t.untyped_storage() for t in (*path_or_model.parameters(), *path_or_model.buffers())]
+        # By identity, not by address: on the meta device every address is zero.
+        return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
     path = Path(path_or_model)
     if not path.is_file():
         raise CompanionError(f"there is no file {path}.")

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from companion.errors import CompanionError
@@ -30,19 +31,21 @@ class ModelInfo:
 @dataclass(frozen=True)
 class _Network:
     build: Callable[..., nn.Module]
-    task: str
+    task: str = "classify"
+    image_size: int = 32
+    """Side of the square images it is made for, in pixels."""
 
 
 _NETWORKS = {
-    "simple_cnn": _Network(cnn.simple_cnn, "classify"),
-    "simple_cnn_3conv": _Network(cnn.simple_cnn_3conv, "classify"),
-    "cifar_resnet14": _Network(resnet.cifar_resnet14, "classify"),
-    "cifar_resnet20": _Network(resnet.cifar_resnet20, "classify"),
-    "cifar_resnet56": _Network(resnet.cifar_resnet56, "classify"),
-    "cifar_resnet18": _Network(resnet.cifar_resnet18, "classify"),
-    "cifar_resnet50": _Network(resnet.cifar_resnet50, "classify"),
-    "resnet18": _Network(resnet.resnet18, "classify"),
-    "resnet50": _Network(resnet.resnet50, "classify"),
+    "simple_cnn": _Network(cnn.simple_cnn),
+    "simple_cnn_3conv": _Network(cnn.simple_cnn_3conv),
+    "cifar_resnet14": _Network(resnet.cifar_resnet14),
+    "cifar_resnet20": _Network(resnet.cifar_resnet20),
+    "cifar_resnet56": _Network(resnet.cifar_resnet56),
+    "cifar_resnet18": _Network(resnet.cifar_resnet18),
+    "cifar_resnet50": _Network(resnet.cifar_resnet50),
+    "resnet18": _Network(resnet.resnet18, image_size=224),
+    "resnet50": _Network(resnet.resnet50, image_size=224),
 }
 
 
@@ -51,12 +54,30 @@ def names() -> list[str]:
     return list(_NETWORKS)
 
 
-def create(name: str, *, labels: Sequence[str] | None = None, **configuration: Any) -> nn.Module:
-    """Build a network with fresh weights (drawn from torch's global generator).
+def image_size(name: str) -> int:
+    """Side of the square images that the network called ``name`` is made for, in pixels.
+
+    Raises:
+        CompanionError: no such network.
+    """
+    return _network(name).image_size
+
+
+def _network(name: str) -> _Network:
+    if name not in _NETWORKS:
+        raise CompanionError(f"there is no network {name!r}: choose one of {', '.join(_NETWORKS)}.")
+    return _NETWORKS[name]
+
+
+def create(
+    name: str, *, labels: Sequence[str] | None = None, seed: int | None = None, **configuration: Any
+) -> nn.Module:
+    """Build a network with fresh weights.
 
     Args:
         name: one of `names`.
         labels: class names in the order of the outputs; kept with the network and in its file.
+        seed: draw the weights from this seed and leave torch's global generator alone; None draws from that.
         configuration: the network's own arguments, for example ``width=8`` or ``classes=4``.
 
     Returns:
@@ -66,9 +87,7 @@ def create(name: str, *, labels: Sequence[str] | None = None, **configuration: A
     Raises:
         CompanionError: no such network, or an argument that it does not take.
     """
-    if name not in _NETWORKS:
-        raise CompanionError(f"there is no network {name!r}: choose one of {', '.join(_NETWORKS)}.")
-    network = _NETWORKS[name]
+    network = _network(name)
     parameters = inspect.signature(network.build).parameters
     for key in configuration:
         if key not in parameters:
@@ -77,7 +96,10 @@ def create(name: str, *, labels: Sequence[str] | None = None, **configuration: A
     # JSON, in which the configuration travels, has lists only: make both forms one.
     full = {key: tuple(value) if isinstance(value, list) else value for key, value in full.items()}
     try:
-        model = network.build(**full)
+        with torch.random.fork_rng(devices=[], enabled=seed is not None):
+            if seed is not None:
+                torch.manual_seed(seed)
+            model = network.build(**full)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise CompanionError(f"{name} cannot be built from {configuration}: {error}.") from error
     return attach(model, ModelInfo(name, full, network.task, tuple(labels) if labels is not None else None))

@@ -68,7 +68,7 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Stem, stages of residual blocks (each doubles the width and, after the first, halves the picture), average, linear.
+    """Stem, stages of residual blocks, average, linear; each stage after the first doubles the width, halves the size.
 
     Takes float images [N, 3, H, W] in 0..1 of any size, returns logits [N, classes].
     """

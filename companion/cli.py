@@ -1,0 +1,215 @@
+"""The command line: `companion …` or `python -m companion …`.
+
+Each command imports what it needs when it runs, so that ``--help`` answers at once.
+"""
+
+import json as json_module
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from companion.errors import CompanionError
+
+if TYPE_CHECKING:
+    from companion.train import Epoch, Scores
+
+# With its default of rich help and boxes, typer takes a quarter of a second more for --help.
+_OPTIONS: dict[str, Any] = {"add_completion": False, "rich_markup_mode": None, "pretty_exceptions_enable": False}
+app = typer.Typer(help="Make neural networks smaller and faster, and measure it.", **_OPTIONS)
+data_app = typer.Typer(help="List, download and check the data.", **_OPTIONS)
+app.add_typer(data_app, name="data")
+
+Data = Annotated[str, typer.Option(help="A name of `companion data list`, or folder:PATH for images of your own.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; all cores if not given.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; a CUDA GPU if there is one.")]
+Workers = Annotated[int, typer.Option(min=0, help="Processes that read samples ahead.")]
+Precision = Annotated[str, typer.Option(help="fp32, bf16, or fp16 (GPU only).")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line: exit code 0, or one sentence on stderr and 1 (unusable input) or 2 (wrong usage)."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        sys.exit(app(args=arguments or ["--help"], prog_name="companion", standalone_mode=False) or 0)
+    except CompanionError as error:
+        message, code = str(error), 1
+    except typer.TyperException as error:
+        context = getattr(error, "ctx", None)
+        hint = f"; see `{context.command_path} --help`." if context else "."
+        message, code = error.format_message().rstrip(".") + hint, error.exit_code
+    print(f"companion: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+@app.command()
+def doctor(json: Json = False) -> None:
+    """What is installed and works here, and what to type about the rest."""
+    from companion.doctor import report
+
+    found = report()
+    if json:
+        print(json_module.dumps(found, indent=2))
+        return
+    cpu = found["cpu"]
+    print(f"companion {found['companion']}, Python {found['python']}, {found['system']}")
+    print(
+        f"CPU           {cpu['model'] or 'unknown'}, {cpu['cores']} cores, {found['threads'] or '?'} threads in torch"
+    )
+    print(f"              {' '.join(cpu['features']) or 'features unknown'}")
+    print(f"accelerators  {', '.join(found['accelerators']) or 'none: everything runs on the CPU'}")
+    print(f"precisions    {'; '.join(f'{name}: {state}' for name, state in found['precisions'].items())}")
+    _table(
+        ("part", "state", "", "to get it"),
+        ((part["name"], part["state"], part["detail"], part["advice"]) for part in found["parts"]),
+    )
+
+
+@app.command()
+def train(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="simple_cnn, cifar_resnet20, …")],
+    data: Data = "digits",
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training data.")] = 15,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images a step.")] = 32,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
+    precision: Precision = "fp32",
+    seed: Annotated[int, typer.Option(min=0, help="Of the initial weights and of every random draw.")] = 0,
+    threads: Threads = None,
+    device: Device = None,
+    workers: Workers = 0,
+    out: Annotated[Path | None, typer.Option(help="Weights file; MODEL-DATA.safetensors if not given.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted run of the same settings.")
+    ] = False,
+) -> None:
+    """Train a network, judge it on the test split, and save its weights.
+
+    While it runs, its state is kept in OUT.checkpoint: a run that was interrupted or killed goes on with --resume and
+    ends with the same weights.
+    """
+    from companion import datasets, files, metrics, models
+    from companion import train as training
+
+    options: dict[str, Any] = {"size": models.image_size(model)} if data.startswith("folder:") else {}
+    _set_threads(threads)
+    train_data, test_data = (datasets.load(data, split=split, **options) for split in ("train", "test"))
+    network = models.create(model, labels=train_data.labels, classes=len(train_data.labels), seed=seed)
+    out = out or Path(f"{model}-{Path(data.removeprefix('folder:')).stem}.safetensors")
+    files.check_writable(out)
+    checkpoint = out.with_name(out.name + ".checkpoint")
+    print(f"{model} ({metrics.count_parameters(network):,} parameters) on {data} ({len(train_data):,} images)")
+    try:
+        history = training.fit(
+            network,
+            train_data,
+            epochs=epochs,
+            batch_size=batch_size,
+            lr=lr,
+            precision=precision,
+            seed=seed,
+            device=device,
+            num_workers=workers,
+            checkpoint=checkpoint,
+            resume=resume,
+            on_epoch=_print_epoch,
+        )
+    except KeyboardInterrupt:
+        hint = "the same command with --resume goes on" if checkpoint.exists() else "nothing was kept yet"
+        print(f"\ncompanion: interrupted; {hint}.", file=sys.stderr)
+        raise typer.Exit(130) from None
+    models.save(network, out)
+    checkpoint.unlink(missing_ok=True)
+    scores = training.evaluate(network, test_data, precision=precision, device=device, num_workers=workers)
+    print(f"test          {_figures(scores)}")
+    print(f"weights of epoch {history.best_epoch} (best on the validation split) in {out}")
+
+
+@app.command()
+def evaluate(
+    path: Annotated[Path, typer.Argument(metavar="F.safetensors", help="Weights written by `companion train`.")],
+    data: Data = "digits",
+    split: Annotated[str, typer.Option(help="test or train.")] = "test",
+    precision: Precision = "fp32",
+    threads: Threads = None,
+    device: Device = None,
+    workers: Workers = 0,
+    json: Json = False,
+) -> None:
+    """Judge a trained network on a data set."""
+    from companion import datasets, models
+    from companion import train as training
+
+    _set_threads(threads)
+    network = models.load(path)
+    name = models.describe(network).name
+    options: dict[str, Any] = {"size": models.image_size(name)} if data.startswith("folder:") else {}
+    samples = datasets.load(data, split=split, **options)
+    scores = training.evaluate(network, samples, precision=precision, device=device, num_workers=workers)
+    if json:
+        found = {"model": name, "data": data, "split": split, "samples": scores.samples, "loss": scores.loss}
+        print(json_module.dumps(found | scores.metrics))
+    else:
+        print(f"{name} on {data} ({split})  {_figures(scores)}")
+
+
+@data_app.command("list")
+def data_list() -> None:
+    """The data sets, where they come from, and whether they are here."""
+    from companion import datasets
+
+    _table(
+        ("name", "task", "state", "what"),
+        ((row.name, row.task, row.state, row.source) for row in datasets.catalogue()),
+    )
+    print(f"\ndownloads and data of your own: {datasets.data_folder()} (COMPANION_DATA chooses another folder)")
+
+
+@data_app.command("get")
+def data_get(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A name of `companion data list`.")],
+    url: Annotated[str | None, typer.Option(help="Another place that has the same file, such as a mirror.")] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds without a byte before giving up.")] = 30.0,
+) -> None:
+    """Download a data set; its checksum is verified before anything is kept."""
+    from companion import datasets
+
+    print(f"{name} is in {datasets.get(name, url=url, timeout=timeout)}")
+
+
+@data_app.command("verify")
+def data_verify() -> None:
+    """Check what is shipped, generated and downloaded against the checksums."""
+    from companion import datasets
+
+    rows = datasets.verify()
+    _table(("what", "state", ""), ((row.what, "ok" if row.ok else "WRONG", row.message) for row in rows))
+    if not all(row.ok for row in rows):
+        raise CompanionError("some data are not what they should be; see the lines marked WRONG.")
+
+
+def _set_threads(threads: int | None) -> None:
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def _print_epoch(epoch: "Epoch") -> None:
+    score = "" if epoch.validation_score is None else f"   validation {100 * epoch.validation_score:5.1f} %"
+    print(f"epoch {epoch.epoch:3}   loss {epoch.train_loss:7.4f}{score}   {epoch.seconds:6.1f} s", flush=True)
+
+
+def _figures(scores: "Scores") -> str:
+    figures = [f"{name} {100 * value:.2f} %" for name, value in scores.metrics.items()]
+    return ", ".join([*figures, f"loss {scores.loss:.4f}", f"{scores.samples:,} images"])
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Aligned columns that never wrap, so that a command in one can be copied."""
+    lines = [columns, *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())

@@ -1,0 +1,92 @@
+"""What data there is, and whether it is what it should be."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from companion.datasets import cifar10
+from companion.datasets.digits import digits
+from companion.datasets.hard_digits import hard_digits
+from companion.datasets.registry import SPLITS
+from companion.datasets.store import archive_name, data_folder, manifest, shipped
+from companion.errors import CompanionError
+from companion.files import sha256
+
+GENERATED = {"digits": digits, "hard_digits": hard_digits}
+RIGHT = "as it should be"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A data set that `load` knows."""
+
+    name: str
+    task: str
+    source: str
+    state: str
+    """``built in``, ``present`` or ``missing``."""
+    size: str
+    terms: str
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was checked."""
+
+    what: str
+    ok: bool
+    message: str
+
+
+def catalogue() -> list[Entry]:
+    """Every data set by name: what it is for, where it comes from, whether it is here, its size and terms of use."""
+    uci = "UCI, Alpaydin & Kaynak 1998, from scikit-learn"
+    mebibytes = manifest()["downloads"]["cifar10"]["bytes"] >> 20
+    present = cifar10.find() is not None
+    return [
+        Entry("digits", "classify", uci, "built in", "1,797 images", "CC BY 4.0"),
+        Entry("hard_digits", "classify", f"made from digits ({uci})", "built in", "6,000 images", "CC BY 4.0"),
+        Entry(
+            "cifar10",
+            "classify",
+            "Krizhevsky 2009",
+            "present" if present else "missing",
+            f"60,000 images, {mebibytes} MiB to download",
+            "for research and teaching; cite the source",
+        ),
+    ]
+
+
+def verify() -> list[Check]:
+    """Check what is here against the manifest: shipped files, generated images, downloaded archives."""
+    table = manifest()
+    checks = [_shipped(name, wanted) for name, wanted in table["shipped"].items()]
+    checks += [
+        _generated(name, split, table["generated"][name][split]) for name in table["generated"] for split in SPLITS
+    ]
+    for wanted in table["downloads"].values():
+        archive = data_folder() / archive_name(wanted)
+        if archive.exists():
+            ok = sha256(archive) == wanted["sha256"]
+            checks.append(Check(str(archive), ok, RIGHT if ok else "has the wrong checksum: remove it"))
+    if (path := cifar10.find()) is not None:
+        trouble = cifar10.trouble(path)
+        checks.append(Check(str(path), trouble is None, trouble or RIGHT))
+    return checks
+
+
+def _shipped(name: str, wanted: dict[str, Any]) -> Check:
+    try:
+        path = shipped(name)
+        ok = path.stat().st_size == wanted["bytes"] and sha256(path) == wanted["sha256"]
+    except CompanionError as error:
+        return Check(name, False, str(error))
+    return Check(name, ok, RIGHT if ok else "was changed since it was shipped: install companion again")
+
+
+def _generated(name: str, split: str, wanted: str) -> Check:
+    ok = GENERATED[name](split).sha256() == wanted
+    return Check(
+        f"{name} {split}",
+        ok,
+        RIGHT if ok else "differs from the course's images: use its versions of numpy and scikit-learn",
+    )

@@ -1,0 +1,51 @@
+"""Where data lies: what the project ships, and what was downloaded."""
+
+import json
+import os
+import sys
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import urlsplit
+
+import companion
+from companion.errors import CompanionError
+
+
+def data_folder() -> Path:
+    """Where downloaded and own data lie: ``COMPANION_DATA``, or ``companion`` in the user's cache folder.
+
+    The folder need not exist: it is made when something is first written into it.
+    """
+    if chosen := os.environ.get("COMPANION_DATA"):
+        return Path(chosen).expanduser()
+    if sys.platform == "win32":
+        cache = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
+    elif sys.platform == "darwin":
+        cache = "~/Library/Caches"
+    else:
+        cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(cache).expanduser() / "companion"
+
+
+def shipped(name: str) -> Path:
+    """The path of a file that the project ships: in ``data/`` of a checkout, in ``_data`` of an installed package.
+
+    Raises:
+        CompanionError: there is no such file.
+    """
+    package = Path(companion.__file__).parent
+    for folder in (package / "_data", package.parent / "data"):
+        if (folder / name).is_file():
+            return folder / name
+    raise CompanionError(f"the file {name} that companion ships is missing: install companion again.")
+
+
+def manifest() -> dict[str, Any]:
+    """Checksums of what is shipped, generated and downloaded: ``data/manifest.json``."""
+    table: dict[str, Any] = json.loads(shipped("manifest.json").read_text(encoding="utf-8"))
+    return table
+
+
+def archive_name(download: dict[str, Any]) -> str:
+    """The file name of one of the manifest's downloads: what its address ends in."""
+    return PurePosixPath(urlsplit(download["url"]).path).name

@@ -1,0 +1,88 @@
+"""The batches of a run, each a pure function of (seed, step): what makes a run repeatable, resumable and worker-safe.
+
+Step k of a run draws its samples, their random transforms, its augmentation and its dropout from seeds
+derived from (seed, k) alone. So a resumed run needs no generator states, and one run gives the same
+weights with any number of loader workers, forked or spawned.
+"""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from companion.errors import CompanionError
+
+# What a derived seed is for: the order of an epoch, reading the samples of a step, the step itself, the hold-out.
+ORDER, SAMPLES, STEP, HOLDOUT = range(4)
+
+
+def derive_seed(seed: int, purpose: int, index: int = 0) -> int:
+    """A 32-bit seed that is independent for each (seed, purpose, index)."""
+    return int(np.random.SeedSequence((seed, purpose, index)).generate_state(1)[0])
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's global generators; a sample's transforms may use any of them."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+@contextmanager
+def own_randomness() -> Iterator[None]:
+    """Give the caller's global generators back as they were."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+def permutation(n: int, seed: int) -> list[int]:
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+class Batches(Dataset):
+    """Item k is batch k of a run: of epoch k // steps, in that epoch's order or, not shuffled, in the data's own."""
+
+    def __init__(
+        self, data: Any, batch_size: int, collate: Callable[[list[Any]], Any], seed: int, shuffle: bool
+    ) -> None:
+        self.data, self.batch_size, self.collate = data, batch_size, collate
+        self.seed, self.shuffle = seed, shuffle
+        self.steps = -(-len(data) // batch_size)  # per epoch; the last batch may be smaller
+        self._order: tuple[int, Sequence[int]] = (-1, ())
+
+    def __getitem__(self, step: int) -> Any:
+        epoch, k = divmod(step, self.steps)
+        n = len(self.data)
+        if self._order[0] != epoch:
+            seed = derive_seed(self.seed, ORDER, epoch)
+            self._order = (epoch, permutation(n, seed) if self.shuffle else range(n))
+        # Judged data keep the same random transforms in every epoch, so that the scores compare.
+        seed_everything(derive_seed(self.seed, SAMPLES, step if self.shuffle else k))
+        indices = self._order[1][k * self.batch_size : (k + 1) * self.batch_size]
+        try:
+            return self.collate([self.data[i] for i in indices])
+        except CompanionError as error:
+            return error  # a worker would wrap it into a page of traceback
+
+    def iterate(self, steps: range, *, num_workers: int = 0, pin_memory: bool = False) -> Iterator[Any]:
+        """The batches of these steps, read ahead by ``num_workers`` processes.
+
+        Raises:
+            CompanionError: a sample cannot be read.
+        """
+        loader: DataLoader = DataLoader(
+            self, batch_size=None, sampler=steps, num_workers=num_workers, pin_memory=pin_memory
+        )
+        for batch in loader:
+            if isinstance(batch, CompanionError):
+                raise batch
+            yield batch

@@ -1,0 +1,471 @@
+"""The training loop: one for every task, every network and every precision."""
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW
+from torch.utils.data import Subset
+
+from companion.errors import CompanionError
+from companion.files import check_writable
+from companion.models import describe
+from companion.progress import progress_bar
+from companion.train import checkpoint as checkpoints
+from companion.train.amp import Precision
+from companion.train.augment import augmentation
+from companion.train.batches import (
+    HOLDOUT,
+    STEP,
+    Batches,
+    derive_seed,
+    own_randomness,
+    permutation,
+    seed_everything,
+)
+from companion.train.tasks import Task, task_of
+
+WARM_UP = 0.05  # share of the steps in which the learning rate rises to its peak
+EVALUATION_BATCH = 256  # no gradients are kept, so a larger batch than in training fits
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What one pass over the training data gave."""
+
+    epoch: int
+    """Counted from 1."""
+    learning_rate: float
+    """At the epoch's last step."""
+    train_loss: float
+    """Mean over the epoch's samples, while the weights were changing."""
+    validation_loss: float | None
+    """Mean over the validation split after the epoch; None without one."""
+    validation_score: float | None
+    """The task's score (accuracy in 0..1) on the validation split after the epoch."""
+    seconds: float
+    """Wall time of the epoch, validation included; of a resumed epoch, the part after the resume."""
+
+
+@dataclass(frozen=True)
+class History:
+    """What `fit` did, epoch by epoch."""
+
+    epochs: tuple[Epoch, ...]
+    score: str
+    """Name of the validation score; empty without a validation split."""
+    best_epoch: int
+    """The epoch (from 1) whose weights the network now has."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What `evaluate` found."""
+
+    samples: int
+    loss: float
+    """Mean over the samples."""
+    metrics: dict[str, float]
+    """Scores by name, in 0..1, the task's main one first."""
+
+
+def fit(
+    model: nn.Module,
+    train_data: Any,
+    *,
+    epochs: int,
+    batch_size: int = 32,
+    lr: float = 2e-3,
+    weight_decay: float = 1e-2,
+    precision: str = "fp32",
+    validation: Any = 0.1,
+    augment: str | None = "default",
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    num_workers: int = 0,
+    checkpoint: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    checkpoint_seconds: float = 60.0,
+    on_epoch: Callable[[Epoch], None] | None = None,
+    progress: bool = True,
+) -> History:
+    """Train ``model`` in place with AdamW; it ends in evaluation mode with the weights of its best epoch.
+
+    The best epoch is the one with the highest score on the validation split (the lower loss breaks a tie).
+    The test set has no part in it. With equal arguments on one CPU thread, runs end bit for bit
+    alike, however often they were killed and resumed and however many workers read the samples.
+
+    Args:
+        model: takes a batch of the data's samples. Its initial weights are the caller's (``models.create(seed=…)``).
+        train_data: a data set of companion.datasets, or any map-style one of (input, target) samples.
+        epochs: passes over the training data.
+        batch_size: samples a step.
+        lr: peak learning rate; it rises over the first 5 % of the steps and falls to zero along a cosine.
+        weight_decay: AdamW's.
+        precision: ``fp32``, ``bf16`` or ``fp16`` (GPU only); the weights stay float32.
+        validation: a data set, or the share of ``train_data`` to hold out (chosen by the seed), or 0 for none:
+            then the last epoch counts as the best.
+        augment: ``shift`` (by up to 4 pixels), ``shift_flip`` (and mirrored) or None; "default" takes what the data set
+            says suits it.
+        seed: of the order, the hold-out, the augmentation, dropout, and the transforms of the samples.
+        device: where to compute; None takes a CUDA GPU if there is one. The network returns to where it was.
+        num_workers: processes that read samples ahead. Safe where processes are spawned, if the data set's class
+            can be imported (not defined in a notebook).
+        checkpoint: file for the state of the unfinished run. It stays when the run is done: delete it once the
+            weights are saved.
+        resume: go on from ``checkpoint`` if it exists.
+        checkpoint_seconds: how often to write it.
+        on_epoch: called with each epoch's figures as soon as they are known.
+        progress: show a progress bar on a terminal or in a notebook.
+
+    Raises:
+        CompanionError: arguments out of range, data that does not fit the network, a sample that cannot be read, a
+            checkpoint that exists without ``resume`` or belongs to another run, or a loss that is no longer finite.
+    """
+    for name, value, good in (
+        ("epochs", epochs, epochs >= 1),
+        ("batch_size", batch_size, batch_size >= 1),
+        ("lr", lr, 0 < lr < math.inf),
+        ("num_workers", num_workers, num_workers >= 0),
+    ):
+        if not good:
+            raise CompanionError(f"{name} is {value}, which is out of range.")
+    policy = Precision.named(precision, pick_device(device))
+    task = task_of(train_data)
+    check_match(model, train_data)
+    augment = getattr(train_data, "augmentation", None) if augment == "default" else augment
+    change = augmentation(augment)
+    training, held_out = _hold_out(train_data, validation, seed)
+    settings = {
+        **_identity(model),
+        "data": getattr(train_data, "name", type(train_data).__name__),
+        "samples": len(training),
+        "validation": 0 if held_out is None else len(held_out),
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "lr": lr,
+        "weight_decay": weight_decay,
+        "precision": precision,
+        "augment": augment,
+        "seed": seed,
+    }
+    batches = Batches(training, batch_size, task.collate, seed, shuffle=True)
+    total = epochs * batches.steps
+
+    with own_randomness(), _placed(model, policy.device):
+        optimizer = AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
+        scaler = policy.scaler()
+        run = _Run()
+        parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "scaler": scaler}
+        if checkpoint is not None:
+            check_writable(checkpoint)
+            if Path(checkpoint).exists():
+                if not resume:
+                    raise CompanionError(
+                        f"{checkpoint} holds an unfinished run: resume it, or delete it to start again."
+                    )
+                state = checkpoints.load(checkpoint, settings)
+                run = _Run(**state["run"])
+                for name, part in parts.items():
+                    part.load_state_dict(state[name])
+
+        # One stream of batches for the whole run, and one for all its validations: workers start once and read ahead.
+        stream = batches.iterate(range(run.step, total), num_workers=num_workers, pin_memory=policy.pin_memory)
+        validations: Iterator[Any] = iter(())
+        if held_out is not None:
+            held_out_batches = Batches(held_out, EVALUATION_BATCH, task.collate, seed, shuffle=False)
+            done = len(run.epochs) * held_out_batches.steps
+            validations = held_out_batches.iterate(
+                range(done, epochs * held_out_batches.steps),
+                num_workers=num_workers,
+                pin_memory=policy.pin_memory,
+            )
+
+        model.train()
+        epoch_started = last_saved = time.monotonic()
+        loss_sum = torch.tensor(run.loss_sum, device=policy.device)  # read once an epoch: reading makes a GPU wait
+        with progress_bar(show=progress, total=total, initial=run.step, unit="step") as bar:
+            for inputs, targets in stream:
+                seed_everything(derive_seed(seed, STEP, run.step))
+                for group in optimizer.param_groups:
+                    group["lr"] = lr * schedule(run.step, total)
+                inputs, targets = _to(inputs, policy.device), _to(targets, policy.device)
+                with policy.autocast():
+                    loss = task.loss(model, model(change(inputs)), targets)
+                optimizer.zero_grad(set_to_none=True)
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
+                loss_sum += loss.detach() * len(targets)
+                run.step += 1
+                bar.update()
+
+                if run.step % batches.steps == 0:
+                    train_loss = loss_sum.item() / len(training)
+                    if not math.isfinite(train_loss):
+                        raise CompanionError(
+                            f"the loss is no longer finite in epoch {len(run.epochs) + 1}: "
+                            f"train with a lower learning rate than {lr}."
+                        )
+                    validated = None
+                    if held_out is not None:
+                        validated = _score(model, islice(validations, held_out_batches.steps), task, policy)
+                        model.train()
+                        bar.set_postfix(validation=f"{_main(validated):.3f}")
+                    epoch = run.end_epoch(model, optimizer, train_loss, validated, time.monotonic() - epoch_started)
+                    if on_epoch is not None:
+                        with bar.external_write_mode():
+                            on_epoch(epoch)
+                    loss_sum.zero_()
+                    epoch_started = time.monotonic()
+                if checkpoint is not None and (
+                    run.step == total or time.monotonic() - last_saved >= checkpoint_seconds
+                ):
+                    run.loss_sum = loss_sum.item()
+                    states = {name: part.state_dict() for name, part in parts.items()}
+                    checkpoints.save(checkpoint, {"run": vars(run), **states}, settings)
+                    last_saved = time.monotonic()
+        assert run.best is not None  # epochs >= 1
+        model.load_state_dict(run.best["weights"])
+    model.eval()
+    return History(tuple(Epoch(**row) for row in run.epochs), run.best["score"], run.best["epoch"])
+
+
+def evaluate(
+    model: nn.Module,
+    data: Any,
+    *,
+    batch_size: int = EVALUATION_BATCH,
+    precision: str = "fp32",
+    device: str | torch.device | None = None,
+    num_workers: int = 0,
+    progress: bool = True,
+) -> Scores:
+    """Loss and scores of ``model`` over all of ``data``; the network itself is left as it was.
+
+    Args:
+        model: takes a batch of the data's samples.
+        data: a data set of companion.datasets, or any map-style one of (input, target) samples.
+        batch_size, precision, device, num_workers, progress: as in `fit`.
+
+    Raises:
+        CompanionError: data that does not fit the network, or a sample that cannot be read.
+    """
+    task = task_of(data)
+    with _evaluation(model, data, batch_size, precision, device, num_workers, progress) as (policy, stream):
+        return _score(model, stream, task, policy)
+
+
+def predict(
+    model: nn.Module,
+    data: Any,
+    *,
+    batch_size: int = EVALUATION_BATCH,
+    precision: str = "fp32",
+    device: str | torch.device | None = None,
+    num_workers: int = 0,
+    progress: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """The outputs of ``model`` for all of ``data``, float32 [N, …] on the CPU, and the targets [N, …], in its order.
+
+    Arguments and errors are those of `evaluate`.
+    """
+    with _evaluation(model, data, batch_size, precision, device, num_workers, progress) as (policy, stream):
+        pairs = [(outputs.float().cpu(), targets.cpu()) for outputs, targets in _forward(model, stream, policy)]
+    outputs, targets = zip(*pairs, strict=True)
+    return torch.cat(outputs), torch.cat(targets)
+
+
+def pick_device(name: str | torch.device | None) -> torch.device:
+    """The device called ``name``; None takes a CUDA GPU if there is one, else the CPU.
+
+    Raises:
+        CompanionError: this machine has no such device.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise CompanionError(
+            f"there is no device {str(name)!r} here: `companion doctor` lists those there are."
+        ) from error
+    return device
+
+
+def check_match(model: nn.Module, data: Any) -> None:
+    """Refuse data that this network cannot be trained or judged on; networks that are not ours pass unchecked.
+
+    Raises:
+        CompanionError: no samples, another task, or other classes.
+    """
+    if len(data) == 0:
+        raise CompanionError("the data set is empty.")
+    try:
+        info = describe(model)
+    except CompanionError:
+        return
+    name = getattr(data, "name", "the data set")
+    task, labels = getattr(data, "task", info.task), getattr(data, "labels", None)
+    if task != info.task:
+        raise CompanionError(f"{info.name} is for the task {info.task!r}, {name} is for {task!r}.")
+    size = info.configuration.get("image_size")
+    if size is not None and (shape := tuple(data[0][0].shape[-2:])) != (size, size):
+        raise CompanionError(f"{info.name} takes images of {size}×{size}, {name} has {shape[0]}×{shape[1]}.")
+    if labels is None:
+        return
+    classes = info.configuration.get("classes", len(labels))
+    if len(labels) != classes:
+        raise CompanionError(f"{info.name} has {classes} classes, {name} has {len(labels)}.")
+    if info.labels is not None and tuple(labels) != info.labels:
+        different = next((ours, theirs) for ours, theirs in zip(info.labels, labels, strict=True) if ours != theirs)
+        raise CompanionError(
+            f"{info.name} was trained for other classes than those of {name}: {different[0]!r} is not {different[1]!r}."
+        )
+
+
+def schedule(step: int, total: int) -> float:
+    """Share of the peak learning rate at ``step`` of ``total``: linear warm-up, then a cosine to zero."""
+    warm_up = max(1, round(WARM_UP * total))
+    if step < warm_up:
+        return (step + 1) / warm_up
+    return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, total - warm_up)))
+
+
+@dataclass
+class _Run:
+    """Where a run is: with network, optimiser and scaler all that a checkpoint holds. Plain values and tensors only."""
+
+    step: int = 0
+    loss_sum: float = 0.0
+    epochs: list[dict[str, Any]] = field(default_factory=list)
+    best: dict[str, Any] | None = None
+
+    def end_epoch(
+        self, model: nn.Module, optimizer: AdamW, train_loss: float, validated: Scores | None, seconds: float
+    ) -> Epoch:
+        number = len(self.epochs) + 1
+        epoch = Epoch(
+            epoch=number,
+            learning_rate=optimizer.param_groups[0]["lr"],
+            train_loss=train_loss,
+            validation_loss=None if validated is None else validated.loss,
+            validation_score=None if validated is None else _main(validated),
+            seconds=seconds,
+        )
+        self.epochs.append(asdict(epoch))
+        # Without a validation split every epoch beats the one before.
+        rank = (float(number), 0.0) if validated is None else (_main(validated), -validated.loss)
+        if self.best is None or rank > tuple(self.best["rank"]):
+            weights = {key: value.detach().cpu().clone() for key, value in model.state_dict().items()}
+            score = "" if validated is None else next(iter(validated.metrics))
+            self.best = {"epoch": number, "rank": rank, "score": score, "weights": weights}
+        return epoch
+
+
+def _main(scores: Scores) -> float:
+    return next(iter(scores.metrics.values()))
+
+
+def _identity(model: nn.Module) -> dict[str, Any]:
+    try:
+        info = describe(model)
+    except CompanionError:
+        return {"model": type(model).__name__}
+    return {"model": info.name, "configuration": info.configuration}
+
+
+def _hold_out(data: Any, validation: Any, seed: int) -> tuple[Any, Any]:
+    """Training and validation data; ``validation`` is a data set, or the share of ``data`` to split off."""
+    if not isinstance(validation, int | float):
+        return data, validation
+    if not 0 <= validation < 1:
+        raise CompanionError(f"validation is {validation}: give a share from 0 to below 1, or a data set.")
+    if validation == 0:
+        return data, None
+    count = max(1, round(validation * len(data)))
+    if count >= len(data):
+        raise CompanionError(f"{len(data)} samples are too few to hold out {validation:.0%} for validation.")
+    order = permutation(len(data), derive_seed(seed, HOLDOUT))
+    return Subset(data, sorted(order[count:])), Subset(data, sorted(order[:count]))
+
+
+@contextmanager
+def _placed(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """The network on ``device``, channels-last (the layout that convolutions are fastest in); afterwards as before."""
+    home = next((p.device for p in model.parameters()), torch.device("cpu"))
+    model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    try:
+        yield
+    finally:
+        model.to(device=home, memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+
+
+@contextmanager
+def _evaluation(
+    model: nn.Module,
+    data: Any,
+    batch_size: int,
+    precision: str,
+    device: str | torch.device | None,
+    num_workers: int,
+    progress: bool,
+) -> Iterator[tuple[Precision, Iterator[Any]]]:
+    """What `evaluate` and `predict` share: everything checked, the network in place, the batches of the data."""
+    policy = Precision.named(precision, pick_device(device))
+    check_match(model, data)
+    batches = Batches(data, batch_size, task_of(data).collate, seed=0, shuffle=False)
+    training = model.training
+    with _placed(model, policy.device), own_randomness():
+        stream = batches.iterate(range(batches.steps), num_workers=num_workers, pin_memory=policy.pin_memory)
+        with progress_bar(show=progress, total=batches.steps, unit="batch") as bar:
+            try:
+                yield policy, _counted(stream, bar)
+            finally:
+                model.train(training)
+
+
+def _counted(stream: Iterator[Any], bar: Any) -> Iterator[Any]:
+    for batch in stream:
+        yield batch
+        bar.update()
+
+
+def _forward(model: nn.Module, stream: Iterator[Any], policy: Precision) -> Iterator[tuple[Any, Any]]:
+    """Outputs and targets of each batch, in evaluation mode and without gradients."""
+    model.eval()
+    for inputs, targets in stream:
+        targets = _to(targets, policy.device)
+        with torch.inference_mode(), policy.autocast():
+            outputs = model(_to(inputs, policy.device))
+        yield outputs, targets
+
+
+def _score(model: nn.Module, stream: Iterator[Any], task: Task, policy: Precision) -> Scores:
+    meter, loss_sum, samples = task.meter(), 0.0, 0
+    for outputs, targets in _forward(model, stream, policy):
+        meter.update(outputs, targets)
+        loss_sum += task.loss(model, outputs, targets).item() * len(targets)
+        samples += len(targets)
+    return Scores(samples, loss_sum / samples, meter.compute())
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    """Tensors, alone or in tuples, lists and tables, on the device; images channels-last."""
+    if isinstance(value, Tensor):
+        layout = torch.channels_last if value.dim() == 4 else torch.preserve_format
+        return value.to(device, non_blocking=True, memory_format=layout)
+    if isinstance(value, dict):
+        return {key: _to(item, device) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_to(item, device) for item in value)
+    return value

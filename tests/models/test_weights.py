@@ -1,0 +1,169 @@
+import json
+import struct
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from companion import CompanionError, models
+
+LABELS = [f"类别 {i}" for i in range(4)]
+
+
+@pytest.fixture
+def model():
+    return models.create("cifar_resnet14", width=4, classes=4, labels=LABELS, seed=0)
+
+
+@pytest.fixture
+def path(model, tmp_path):
+    models.save(model, tmp_path / "net.safetensors")
+    return tmp_path / "net.safetensors"
+
+
+def edit(path, *, tensors=None, **metadata):
+    """Rewrite a weights file with other contents, the way somebody else's program would."""
+    with path.open("rb") as file:
+        header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+    save_file(load_file(path) if tensors is None else tensors, path, header["__metadata__"] | metadata)
+
+
+@pytest.mark.parametrize("name", models.names())
+def test_round_trip_gives_the_same_answers(name, tmp_path):
+    original = models.create(name, width=8) if "resnet" in name else models.create(name)
+    original.train()(torch.rand(4, 3, 32, 32))  # so that the normalisations' running averages are not the initial ones
+    models.save(original, tmp_path / "net.safetensors")
+    copy = models.load(tmp_path / "net.safetensors")
+    images = torch.rand(2, 3, 32, 32)
+    assert torch.equal(copy(images), original.eval()(images))
+    assert not copy.training
+    assert models.describe(copy) == models.describe(original)
+    assert all(p.requires_grad for p in copy.parameters())
+
+
+def test_everything_needed_to_use_the_network_travels(model, tmp_path):
+    models.save(model, tmp_path / "net.safetensors", vocabulary=["<pad>", "模型"])
+    info = models.describe(models.load(tmp_path / "net.safetensors"))
+    assert info.labels == tuple(LABELS)
+    assert info.vocabulary == ("<pad>", "模型")
+    assert (info.name, info.task) == ("cifar_resnet14", "classify")
+    assert info.configuration["width"] == 4
+
+
+def test_any_safetensors_reader_can_open_it(model, path):
+    assert load_file(path).keys() == model.state_dict().keys()
+
+
+def test_channels_last_weights_are_saved_whole(model, tmp_path):
+    models.save(model.to(memory_format=torch.channels_last), tmp_path / "net.safetensors")
+    assert torch.equal(models.load(tmp_path / "net.safetensors").conv1.weight, model.conv1.weight)
+
+
+def test_saving_again_replaces_and_leaves_no_other_file(model, path):
+    model.fc.weight.data.zero_()
+    models.save(model, path)
+    assert models.load(path).fc.weight.abs().sum() == 0
+    assert [file.name for file in path.parent.iterdir()] == ["net.safetensors"]
+
+
+def test_a_file_keeps_working_when_a_default_changes(model, path):
+    """Defaults are written down too: every setting of the network is in the file."""
+    with path.open("rb") as file:
+        header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+    assert json.loads(header["__metadata__"]["configuration"]).keys() == {"width", "classes", "mean", "std"}
+
+
+def refused(path, says):
+    with pytest.raises(CompanionError, match=says) as caught:
+        models.load(path)
+    assert str(caught.value).count("\n") == 0
+
+
+def test_missing_file(tmp_path):
+    refused(tmp_path / "none.safetensors", "there is no weights file")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
+def test_truncated_file(path, share):
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    refused(path, "damaged")
+
+
+@pytest.mark.parametrize("content", [b"PK\x03\x04 a zip", b"\x80\x04\x95 a pickle", b"\xff" * 64, b"text\n" * 100])
+def test_file_of_another_kind(path, content):
+    path.write_bytes(content)
+    refused(path, "not a safetensors file or is damaged")
+
+
+def test_a_folder(tmp_path):
+    refused(tmp_path, "there is no weights file")
+
+
+def test_foreign_safetensors_file(path):
+    save_file({"weight": torch.rand(2)}, path)
+    refused(path, "not one of companion's")
+
+
+def test_weights_of_another_network(path):
+    edit(path, model="simple_cnn")
+    refused(path, "no setting 'width'")
+    edit(path, model="cifar_resnet20")
+    refused(path, "lacks the tensor layer1.2")
+
+
+def test_weights_of_another_width(path):
+    edit(path, configuration=json.dumps({"width": 8, "classes": 4}))
+    refused(path, r"the network needs torch.float32 \[8, 3, 3, 3\]")
+
+
+def test_extra_tensor(path):
+    edit(path, tensors=load_file(path) | {"backdoor": torch.rand(1)})
+    refused(path, "has the tensor backdoor")
+
+
+def test_numbers_of_another_kind(path):
+    tensors = load_file(path)
+    tensors["fc.weight"] = tensors["fc.weight"].to(torch.int32)
+    edit(path, tensors=tensors)
+    refused(path, "torch.int32")
+
+
+@pytest.mark.parametrize(
+    ("metadata", "says"),
+    [
+        ({"model": "resnet999"}, "no network 'resnet999'"),
+        ({"task": "segment"}, "task 'segment'"),
+        ({"task": "world domination"}, "task"),
+        ({"configuration": "{"}, "damaged description"),
+        ({"configuration": "[]"}, "damaged description"),
+        ({"configuration": '{"width": "wide"}'}, "cannot be built"),
+        ({"configuration": '{"width": 1e99}'}, "cannot be built"),
+        ({"configuration": '{"classes": 4, "width": 1000000}'}, "does not fit|cannot be built"),
+        ({"labels": '["one"]'}, "4 classes, but 1 labels"),
+        ({"labels": "[1, 2, 3, 4]"}, "not text"),
+        ({"labels": "7"}, "damaged description"),
+        ({"vocabulary": "[null]"}, "not text"),
+    ],
+)
+def test_forged_description(path, metadata, says):
+    edit(path, **metadata)
+    refused(path, says)
+
+
+def test_a_forged_size_is_refused_without_taking_memory(path):
+    """A width of a million asks for terabytes: refused by shape, on the meta device, before any is taken."""
+    edit(path, configuration='{"classes": 4, "width": 1000000}')
+    refused(path, "does not fit")
+
+
+def test_labels_that_do_not_fit_are_not_saved(model, tmp_path):
+    with pytest.raises(CompanionError, match="4 classes, but 2 labels"):
+        models.save(model, tmp_path / "net.safetensors", labels=["a", "b"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_foreign_module_is_not_saved(tmp_path):
+    with pytest.raises(CompanionError, match="not made by models.create"):
+        models.save(torch.nn.Linear(1, 1), tmp_path / "net.safetensors")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,314 @@
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import Dataset, TensorDataset
+
+from companion import CompanionError, datasets, models, train
+from companion.train.loop import WARM_UP, schedule
+
+
+def blobs(n=64, classes=3, seed=0):
+    """Points around class centres: learnable in a few steps."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(n) % classes
+    points = torch.eye(classes)[labels] * 3 + torch.randn(n, classes, generator=generator)
+    return TensorDataset(points, labels)
+
+
+def mlp(seed=0, dropout=0.0):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(3, 16), nn.ReLU(), nn.Dropout(dropout), nn.Linear(16, 3))
+
+
+def weights(model):
+    return torch.cat([value.flatten().double() for value in model.state_dict().values()])
+
+
+def fit(model, data=None, **settings):
+    return train.fit(
+        model, blobs() if data is None else data, **({"epochs": 3, "batch_size": 8, "progress": False} | settings)
+    )
+
+
+def test_learns_and_reports_every_epoch():
+    model = mlp()
+    history = fit(model, epochs=6, lr=1e-2)
+    assert [epoch.epoch for epoch in history.epochs] == [1, 2, 3, 4, 5, 6]
+    assert history.epochs[-1].train_loss < history.epochs[0].train_loss / 2
+    assert history.score == "accuracy"
+    assert train.evaluate(model, blobs(seed=1), progress=False).metrics["accuracy"] > 0.9
+    assert not model.training
+
+
+def test_equals_a_loop_written_out_by_hand():
+    """One epoch without hold-out or augmentation: AdamW, warm-up and cosine, mean loss a batch."""
+    model, reference, data = mlp(), mlp(), blobs(n=16)
+    optimizer = torch.optim.AdamW(reference.parameters(), lr=1e-2, weight_decay=1e-2)
+    history = fit(model, data, epochs=1, batch_size=16, lr=1e-2, validation=0)
+    points, labels = data.tensors  # one batch: its order changes only the rounding of the mean
+    loss = nn.functional.cross_entropy(reference(points), labels)
+    loss.backward()
+    optimizer.step()
+    torch.testing.assert_close(weights(model), weights(reference), rtol=1e-5, atol=1e-6)
+    assert history.epochs[0].train_loss == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_learning_rate_warms_up_and_falls_to_zero():
+    rates = [schedule(step, 1000) for step in range(1000)]
+    assert rates[0] == pytest.approx(1 / (WARM_UP * 1000))
+    assert max(rates) == 1.0
+    assert rates[: rates.index(1.0)] == sorted(rates[: rates.index(1.0)])
+    assert rates[525] == pytest.approx(0.5, abs=1e-3)  # half way down the cosine
+    assert 0 < rates[-1] < 1e-4
+    assert all(0 < schedule(step, total) <= 1 for total in range(1, 30) for step in range(total))
+
+
+class Recording(Dataset):
+    """Blobs that remember which sample was asked for, in this process."""
+
+    def __init__(self, n=40):
+        self.inner, self.asked = blobs(n), []
+
+    def __len__(self):
+        return len(self.inner)
+
+    def __getitem__(self, i):
+        self.asked.append(i)
+        return self.inner[i]
+
+
+def test_every_epoch_sees_each_training_sample_once_in_a_new_order_and_never_the_held_out_ones():
+    data = Recording(40)
+    fit(mlp(), data, epochs=2, batch_size=8, validation=0.25)
+    first, held_out, second, again = data.asked[:30], data.asked[30:40], data.asked[40:70], data.asked[70:]
+    assert sorted(first) == sorted(second)
+    assert first != second
+    assert held_out == again
+    assert sorted(first + held_out) == list(range(40))
+
+
+def test_keeps_the_weights_of_the_epoch_that_validated_best():
+    """Constant inputs whose labels change: the scores of the epochs are forced through a validation set."""
+    model, seen = mlp(), []
+
+    class Watching(Dataset):
+        def __len__(self):
+            return 30
+
+        def __getitem__(self, i):
+            if i == 0:
+                seen.append(weights(model).clone())
+            return blobs(30, seed=3)[i]
+
+    history = fit(model, epochs=5, lr=0.3, validation=Watching())
+    ranks = [(epoch.validation_score, -epoch.validation_loss) for epoch in history.epochs]
+    assert history.best_epoch == 1 + ranks.index(max(ranks))
+    assert torch.equal(weights(model), seen[history.best_epoch - 1])
+
+
+def test_without_validation_the_last_epoch_counts():
+    history = fit(mlp(), validation=0)
+    assert history.best_epoch == 3
+    assert history.epochs[0].validation_score is None
+
+
+def test_same_seed_same_weights_other_seed_other_weights():
+    results = []
+    for seed in (1, 1, 2):
+        model = mlp(dropout=0.5)
+        fit(model, seed=seed)
+        results.append(weights(model))
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
+
+
+def test_global_generators_are_given_back():
+    def draws():
+        return random.random(), np.random.rand(), torch.rand(1).item()
+
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    expected = draws()
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    model = mlp(dropout=0.5)
+    fit(model)
+    train.evaluate(model, blobs(), progress=False)
+    assert draws() == expected
+
+
+class Noisy(Dataset):
+    """Samples whose transforms draw from all three global generators, as users' own do."""
+
+    def __len__(self):
+        return 32
+
+    def __getitem__(self, i):
+        noise = torch.tensor([random.random(), np.random.rand(), torch.rand(1).item()])
+        return noise + torch.eye(3)[i % 3], i % 3
+
+
+def test_random_transforms_are_seeded_and_differ_between_samples_and_epochs():
+    batches = train.loop.Batches(Noisy(), 4, torch.utils.data.default_collate, seed=0, shuffle=True)
+    a, b = batches[0][0], batches[8][0]  # the first batch of two epochs
+    assert torch.equal(batches[0][0], a)
+    assert len({round(value, 6) for value in torch.cat([a, b])[:, 2].tolist()}) > 4
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_change_nothing(workers):
+    results = []
+    for num_workers in (0, workers):
+        model = mlp(dropout=0.5)
+        fit(model, Noisy(), num_workers=num_workers)
+        results.append(weights(model))
+    assert torch.equal(*results)
+
+
+def test_evaluate_is_exact_over_uneven_batches():
+    model, data = mlp(), blobs(n=50)
+    points, labels = data.tensors
+    expected = model(points)
+    scores = train.evaluate(model, data, batch_size=16, progress=False)
+    assert scores.samples == 50
+    assert scores.metrics["accuracy"] == (expected.argmax(1) == labels).float().mean().item() or math.isclose(
+        scores.metrics["accuracy"], (expected.argmax(1) == labels).double().mean().item()
+    )
+    assert scores.loss == pytest.approx(nn.functional.cross_entropy(expected, labels).item(), rel=1e-5)
+
+
+def test_evaluate_and_predict_leave_the_network_as_it_was():
+    model = models.create("cifar_resnet14", width=4, seed=0).train()
+    before, layout = weights(model), model.conv1.weight.stride()
+    data = datasets.load("digits", split="test")
+    train.evaluate(model, torch.utils.data.Subset(data, range(32)), progress=False)
+    assert torch.equal(weights(model), before)  # the normalisations' averages too
+    assert model.conv1.weight.stride() == layout
+    assert model.training
+
+
+def test_predict_returns_outputs_in_the_order_of_the_data():
+    model, data = mlp().eval(), blobs(n=20)
+    outputs, targets = train.predict(model, data, batch_size=6, progress=False)
+    torch.testing.assert_close(outputs, model(data.tensors[0]).detach())
+    assert torch.equal(targets, data.tensors[1])
+    assert outputs.dtype == torch.float32
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_precision_reaches_the_arithmetic_and_leaves_the_weights_in_float32(precision):
+    dtypes = set()
+    model = mlp()
+    model[0].register_forward_hook(lambda _m, _i, output: dtypes.add(output.dtype))
+    fit(model, precision=precision)
+    assert dtypes == {torch.float32 if precision == "fp32" else torch.bfloat16}
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_images_are_computed_channels_last_and_the_network_comes_back_as_it_was():
+    model = models.create("simple_cnn", seed=0)
+    seen = []
+    model.conv1.register_forward_hook(
+        lambda m, inputs, _o: seen.append(inputs[0].is_contiguous(memory_format=torch.channels_last))
+    )
+    data = torch.utils.data.Subset(datasets.load("digits", split="train"), range(32))
+    fit(model, data, epochs=1)
+    assert seen
+    assert all(seen)
+    assert model.conv1.weight.is_contiguous()
+
+
+def test_each_epoch_is_reported_as_it_ends():
+    reported = []
+    history = fit(mlp(), on_epoch=reported.append)
+    assert tuple(reported) == history.epochs
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"epochs": 0}, "epochs is 0"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"lr": 0.0}, "lr is 0.0"),
+        ({"lr": math.nan}, "lr is nan"),
+        ({"lr": math.inf}, "lr is inf"),
+        ({"num_workers": -1}, "num_workers is -1"),
+        ({"precision": "int3"}, "no precision 'int3'"),
+        ({"precision": "fp16", "device": "cpu"}, "fp16 trains on a GPU only"),
+        ({"device": "abacus"}, "no device 'abacus'"),
+        ({"augment": "explode"}, "no augmentation 'explode'"),
+        ({"validation": 1.0}, "validation is 1.0"),
+        ({"validation": -0.1}, "validation is -0.1"),
+    ],
+)
+def test_unusable_arguments_are_refused_before_any_work(settings, says):
+    model = mlp()
+    before = weights(model)
+    with pytest.raises(CompanionError, match=says) as caught:
+        fit(model, **settings)
+    assert "\n" not in str(caught.value)
+    assert torch.equal(weights(model), before)
+
+
+def test_a_loss_that_explodes_stops_the_run():
+    with pytest.raises(CompanionError, match="no longer finite in epoch 1"):
+        fit(mlp(), TensorDataset(torch.full((16, 3), math.inf), torch.zeros(16, dtype=torch.long)))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"task": "segment"}, "is for the task 'classify'"),
+        ({"labels": tuple("abc")}, "has 10 classes, digits has 3"),
+        ({"labels": tuple("abcdefghij")}, "'0' is not 'a'"),
+    ],
+)
+def test_data_that_do_not_fit_the_network_are_refused(change, says):
+    data = datasets.load("digits", split="test")
+    model = models.create("simple_cnn", labels=data.labels)
+    for key, value in change.items():
+        setattr(data, key, value)
+    for job in (lambda: train.evaluate(model, data), lambda: fit(model, data)):
+        with pytest.raises(CompanionError, match=says + r"|no task 'segment'"):
+            job()
+
+
+def test_pictures_of_another_size_are_refused():
+    data = TensorDataset(torch.rand(4, 3, 48, 48), torch.zeros(4, dtype=torch.long))
+    with pytest.raises(CompanionError, match="takes images of 32×32, the data set has 48×48"):
+        train.evaluate(models.create("simple_cnn"), data)
+
+
+def test_empty_and_tiny_data_are_refused():
+    with pytest.raises(CompanionError, match="empty"):
+        fit(mlp(), TensorDataset(torch.empty(0, 3), torch.empty(0, dtype=torch.long)))
+    with pytest.raises(CompanionError, match="too few"):
+        fit(mlp(), blobs(1))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_sample_that_cannot_be_read_is_named_in_one_sentence(workers):
+    class Broken(Dataset):
+        def __len__(self):
+            return 32
+
+        def __getitem__(self, i):
+            raise CompanionError(f"picture {i} is damaged.")
+
+    with pytest.raises(CompanionError, match=r"^picture \d+ is damaged\.$"):
+        fit(mlp(), Broken(), num_workers=workers)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_trains_on_a_gpu_in_every_precision(precision):
+    data = datasets.load("digits", split="train")
+    model = models.create("simple_cnn", labels=data.labels, seed=0)
+    train.fit(model, data, epochs=5, precision=precision, device="cuda", progress=False)
+    assert next(model.parameters()).device.type == "cpu"
+    scores = train.evaluate(model, datasets.load("digits", split="test"), precision=precision, device="cuda")
+    assert scores.metrics["accuracy"] > 0.9
