@@ -6,6 +6,9 @@ PYTHON ?= python3
 PY := $(VENV)/bin/python
 PIP_INSTALL = $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
+# One thread: on a busy machine two wait for each other, and only one gives the same weights every time.
+export OMP_NUM_THREADS ?= 1
+
 # Data beside the project, when there is some (full-size CIFAR-10 and the like): tests that want it skip without it.
 SHARED_DATA := $(wildcard ../shared/datasets)
 export COMPANION_TEST_DATA ?= $(if $(SHARED_DATA),$(abspath $(SHARED_DATA)))
@@ -15,11 +18,12 @@ export COMPANION_TEST_DATA ?= $(if $(SHARED_DATA),$(abspath $(SHARED_DATA)))
 site: $(VENV)/.site
 	$(PY) tools/build_site.py
 	$(PY) tools/check_site.py build/site
-	$(PY) -m pytest tests/site/browser.py
+	$(PY) tools/check_browser.py build/site build/screenshots
 
 test: $(VENV)/.test
 	$(PY) -m pytest
-	$(PY) tools/run_notebooks.py --check
+	TQDM_DISABLE=1 PYTHONPATH=tests/offline $(PY) -m pytest --nbval --nbval-current-env --nbval-cell-timeout 300 \
+	    --nbval-sanitize-with tests/notebooks/sanitize.cfg -o filterwarnings= notebooks
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .

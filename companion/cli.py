@@ -74,7 +74,7 @@ def train(
     data: Data = "digits",
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training data.")] = 15,
     batch_size: Annotated[int, typer.Option(min=1, help="Images a step.")] = 32,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
     precision: Precision = "fp32",
     seed: Annotated[int, typer.Option(min=0, help="Of the initial weights and of every random draw.")] = 0,
     threads: Threads = None,

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 WORK, SITE = ROOT / "build" / "work", ROOT / "build" / "site"
 
 # What differs between the editions: their folder under build/site/, and Sphinx settings over those of _config.yml.
-EDITIONS = {
+EDITIONS: dict[str, dict[str, object]] = {
     "en": {"language": "en"},
 }
 

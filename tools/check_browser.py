@@ -3,16 +3,21 @@
     python tools/check_browser.py build/site build/screenshots
 
 A page fails when it asks another host for anything, writes an error to the console, leaves a formula or a picture
-unrendered, scrolls sideways or is light in the dark theme; the site fails when its search finds nothing. Where there
-is no Chromium, says so and checks nothing.
+unrendered, scrolls sideways or is light in the dark theme; the site fails when its search finds nothing. A site that
+passed is not opened again until it changes. Where there is no Chromium, says so and checks nothing.
 """
 
+import faulthandler
+import hashlib
+import json
 import shutil
 import sys
 import threading
+from contextlib import suppress
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Literal
 from urllib.parse import urlsplit
 
 from playwright.sync_api import Browser, Page, Route, sync_playwright
@@ -26,16 +31,17 @@ FLAGS = [
     "--disable-component-update",
     "--no-first-run",
 ]
-THEMES = ["light", "dark"]
-SEARCH = "pruning"  # a word of the glossary
-TIMEOUT_MS = 15_000
+THEMES: tuple[Literal["light", "dark"], ...] = ("light", "dark")
+WORDS = ["pruning", "剪枝"]  # of the glossary
+STEP_MS, ALL_S = 15_000, 900  # longest wait for one thing, and for everything
 
 # What a page shows once its scripts have run; MathJax puts its own element inside each formula.
 LOOK = """() => ({
   sideways: document.documentElement.scrollWidth - innerWidth,
   formulas: document.querySelectorAll(".math").length,
   rendered: document.querySelectorAll(".math mjx-container").length,
-  wrong: document.querySelectorAll("mjx-merror").length,
+  wrong: document.querySelectorAll("mjx-merror, mjx-mtext[style*='red']").length,
+  outputs: document.querySelectorAll(".cell_output img").length,
   broken: [...document.images].filter(i => i.naturalWidth === 0).map(i => i.getAttribute("src")),
 })"""
 
@@ -63,7 +69,7 @@ def serve(site: Path) -> str:
 def open_window(browser: Browser, width: int, faults: list[str]) -> Page:
     """A new window that reports to ``faults`` what the page asks of other hosts and writes to the console."""
     context = browser.new_context(viewport={"width": width, "height": 900})
-    context.set_default_timeout(TIMEOUT_MS)
+    context.set_default_timeout(STEP_MS)
     page = context.new_page()
 
     def guard(route: Route) -> None:
@@ -83,21 +89,26 @@ def open_window(browser: Browser, width: int, faults: list[str]) -> Page:
     return page
 
 
-def check_page(page: Page, url: str, faults: list[str]) -> None:
+def check_page(page: Page, url: str, stored_pictures: int, faults: list[str]) -> None:
     """Load the page and look at what came of it."""
     page.goto(url, wait_until="load")
     page.evaluate("document.querySelectorAll('img').forEach(image => image.loading = 'eager')")
-    page.evaluate("() => window.MathJax?.startup?.promise")
-    page.wait_for_function("[...document.images].every(image => image.complete)")
+    with suppress(BrowserError):  # what is still missing then is a fault below
+        page.wait_for_function("[...document.images].every(image => image.complete)")
+        page.wait_for_function("!document.querySelector('.math:not(:has(mjx-container))')")
     seen = page.evaluate(LOOK)
     if seen["sideways"] > 0:
         faults.append(f"scrolls sideways by {seen['sideways']} px")
     if seen["rendered"] < seen["formulas"] or seen["wrong"]:
-        faults.append(f"renders {seen['rendered']} of {seen['formulas']} formulas, {seen['wrong']} with an error")
+        faults.append(
+            f"renders {seen['rendered']} of {seen['formulas']} formulas, {seen['wrong']} of them with a mistake"
+        )
+    if seen["outputs"] < stored_pictures:
+        faults.append(f"shows {seen['outputs']} of the {stored_pictures} pictures stored in the notebook")
     faults += [f"does not show the picture {source}" for source in seen["broken"]]
 
 
-def check_theme(page: Page, theme: str, faults: list[str]) -> None:
+def check_theme(page: Page, theme: Literal["light", "dark"], faults: list[str]) -> None:
     page.emulate_media(color_scheme=theme)
     try:
         # The page learns of the change a moment later.
@@ -107,11 +118,27 @@ def check_theme(page: Page, theme: str, faults: list[str]) -> None:
 
 
 def check_search(page: Page, url: str, faults: list[str]) -> None:
-    page.goto(f"{url}?q={SEARCH}")
-    try:
-        page.wait_for_selector("#search-results li a")
-    except BrowserError:
-        faults.append(f"finds nothing for {SEARCH!r}")
+    for word in WORDS:
+        page.goto(f"{url}?q={word}")
+        try:
+            page.wait_for_selector("#search-results li a")
+        except BrowserError:
+            faults.append(f"finds nothing for {word!r}")
+
+
+def count_stored_pictures(page: Path) -> int:
+    """Pictures among the outputs of the notebook behind a page, which lies under _sources/ of its edition."""
+    source = page.parents[1] / "_sources" / page.parent.name / f"{page.stem}.ipynb"
+    cells = json.loads(source.read_text(encoding="utf-8"))["cells"] if source.is_file() else []
+    return sum("image/png" in output.get("data", {}) for cell in cells for output in cell.get("outputs", []))
+
+
+def fingerprint(site: Path) -> str:
+    """SHA-256 of this program and of every file of the site."""
+    digest = hashlib.sha256(Path(__file__).read_bytes())
+    for path in sorted(path for path in site.rglob("*") if path.is_file()):
+        digest.update(path.relative_to(site).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def main() -> None:
@@ -120,6 +147,11 @@ def main() -> None:
     if chromium is None:
         print(f"browser: none of {', '.join(NAMES)} is installed, so no page was opened")
         return
+    passed, state = shots / "passed", fingerprint(site)
+    if passed.is_file() and passed.read_text(encoding="utf-8") == state:
+        print(f"browser: nothing changed since every page passed: see {sys.argv[2]}/")
+        return
+    faulthandler.dump_traceback_later(ALL_S, exit=True)  # whatever else may hang
     pages = [path for path in sorted(site.rglob("*.html")) if not is_redirect(path)]
     shutil.rmtree(shots, ignore_errors=True)
     address = serve(site)
@@ -130,9 +162,10 @@ def main() -> None:
             for width, root in ((1280, site.as_uri()), (390, address)):
                 faults: list[str] = []
                 page = open_window(browser, width, faults)
-                for name in (path.relative_to(site).as_posix() for path in pages):
+                for path in pages:
+                    name = path.relative_to(site).as_posix()
                     try:
-                        check_page(page, f"{root}/{name}", faults)
+                        check_page(page, f"{root}/{name}", count_stored_pictures(path), faults)
                         for theme in THEMES:
                             check_theme(page, theme, faults)
                             shot = f"{name.removesuffix('.html').replace('/', '-')}-{width}-{theme}.png"
@@ -150,6 +183,7 @@ def main() -> None:
         print(fault, file=sys.stderr)
     if found:
         sys.exit(f"the browser found {len(found)} faults.")
+    passed.write_text(state, encoding="utf-8")
     print(f"opened {len(pages)} pages in Chromium, on a desktop and a phone, light and dark: see {sys.argv[2]}/")
 
 

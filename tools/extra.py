@@ -1,6 +1,6 @@
-"""Print the requirements of one extra of pyproject.toml, one a line: pip cannot install an extra without the package's own.
+"""Print the requirements of one extra of pyproject.toml, one a line; pip alone installs the package's own as well.
 
-    python tools/extra.py site
+python tools/extra.py site
 """
 
 import sys

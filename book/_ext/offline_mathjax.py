@@ -24,9 +24,11 @@ def copy_mathjax(app, error):
     source = Path(find_spec("sphinx-mathjax-offline").origin).parent / "static" / "mathjax"
     target = Path(app.outdir) / "_static" / "mathjax"
     for part in PARTS:
-        copy = shutil.copytree if (source / part).is_dir() else shutil.copy2
-        (target / part).parent.mkdir(parents=True, exist_ok=True)
-        copy(source / part, target / part, **({"dirs_exist_ok": True} if copy is shutil.copytree else {}))
+        if (source / part).is_dir():
+            shutil.copytree(source / part, target / part)
+        else:
+            (target / part).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source / part, target / part)
 
 
 def setup(app):

@@ -1,7 +1,7 @@
 """The reference pages, made from the code.
 
-``{command-line}`` lists every command of a typer app; for the Python pages two small repairs let Sphinx's
-autodoc read modules whose heavy imports are mocked and link names to the place where they are documented.
+``{command-line}`` lists every command of a typer app. For the Python pages, small repairs let Sphinx's autodoc
+read modules whose heavy imports are mocked, and docstrings whose types stand in the signatures only.
 """
 
 import re
@@ -24,7 +24,7 @@ class CommandLine(SphinxDirective):
         self.env.note_dependency(import_module(module).__file__)
         root = typer.main.get_command(getattr(import_module(module), app))
         root.name = module.partition(".")[0]
-        return [section for command, context in self.walk(root) for section in self.section(command, context)]
+        return [self.section(command, context) for command, context in self.walk(root)]
 
     def walk(self, command, parent=None):
         """Commands that do something, each with its context, in the order of the code."""
@@ -51,15 +51,15 @@ class CommandLine(SphinxDirective):
             )
         section += items
         self.state.document.note_implicit_target(section)
-        return [section]
+        return section
 
 
 def paragraph(text):
     """Text in which `code` and --options are set as code."""
     node = nodes.paragraph()
-    for part in re.split(r"(`+[^`]+`+|(?<!\S)--?[a-z][\w-]*)", " ".join(text.split())):
-        is_code = part.startswith(("`", "-")) and len(part) > 1
-        node += nodes.literal("", part.strip("`")) if is_code else nodes.Text(part)
+    parts = re.split(r"(`+[^`]+`+|(?<!\S)--?[a-z][\w-]*)", " ".join(text.split()))
+    for i, part in enumerate(parts):  # every second one is code
+        node += nodes.literal("", part.strip("`")) if i % 2 else nodes.Text(part)
     return node
 
 
@@ -76,10 +76,36 @@ def link_to_documented_name(app, env, node, contnode):
     return domain.resolve_xref(env, node["refdoc"], app.builder, "obj", found[0], node, contnode)
 
 
+COLON = "\N{MODIFIER LETTER COLON}"
+
+
+def hide_colons(app, what, name, obj, options, lines):
+    """Keep napoleon from taking what stands before a colon, in an attribute's or a Returns text, for a type."""
+    in_returns = False
+    for i, line in enumerate(lines):
+        if what == "attribute" or in_returns:
+            lines[i] = line.replace(":", COLON)
+        in_returns = line.strip() == "Returns:"
+
+
+def show_colons(app, what, name, obj, options, lines):
+    lines[:] = [line.replace(COLON, ":") for line in lines]
+
+
+def shorten_signature(app, what, name, obj, options, signature, returns):
+    # A default made by a function is no Python expression, and Sphinx then prints the whole list badly.
+    return signature and signature.replace("<factory>", "..."), returns
+
+
 def setup(app):
-    # `str | nn.Module` is evaluated when the module is imported, and Sphinx's mocks know no `|`.
+    # `str | nn.Module` and sums of constants are evaluated on import, and Sphinx's mocks know no operators.
     _MockObject.__or__ = lambda self, other: Union[self, other]  # noqa: UP007
     _MockObject.__ror__ = lambda self, other: Union[other, self]  # noqa: UP007
+    for operator in ("__add__", "__sub__", "__mul__", "__truediv__", "__neg__"):
+        setattr(_MockObject, operator, lambda self, *_: self)
     app.add_directive("command-line", CommandLine)
+    app.connect("autodoc-process-docstring", hide_colons, priority=400)  # napoleon comes at 500
+    app.connect("autodoc-process-docstring", show_colons, priority=600)
+    app.connect("autodoc-process-signature", shorten_signature)
     app.connect("missing-reference", link_to_documented_name)
     return {"parallel_read_safe": True}

@@ -84,4 +84,4 @@ def _batches(path: Path, split: str) -> ArrayImages:
             f"{path} is damaged or incomplete: remove it and type `companion data get cifar10`."
         ) from error
     images = np.ascontiguousarray(source.data.transpose(0, 3, 1, 2))  # [N, H, W, 3] → [N, 3, H, W]
-    return ArrayImages("cifar10", images, np.array(source.targets, dtype=np.int64), LABELS, augmentation="crop_flip")
+    return ArrayImages("cifar10", images, np.array(source.targets, dtype=np.int64), LABELS, augmentation="shift_flip")

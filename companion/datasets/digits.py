@@ -39,7 +39,7 @@ def warp(
 
     Args:
         ink: scans [N, 8, 8].
-        half_tangent: tan(a/2) per scan [N]; 0 leaves it upright.
+        half_tangent: tan(a/2) per scan [N]; positive turns it clockwise.
         scale: size per scan [N]; at 1 a scan fills the canvas.
         x: shift to the right per scan [N], in pixels of the scan (a quarter of the canvas').
         y: shift downwards [N], likewise.
@@ -66,7 +66,7 @@ def warp(
 
 
 def digits(split: str) -> ArrayImages:
-    """1,797 digits written by 43 people, 8×8 scans enlarged to 3×32×32: 1,257 to train, 540 to test (stratified).
+    """1,797 digits written by 13 people, 8×8 scans enlarged to 3×32×32: 1,257 to train, 540 to test (stratified).
 
     Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI, 1998.
     """
@@ -74,5 +74,6 @@ def digits(split: str) -> ArrayImages:
     chosen = splits[split]
     still = np.zeros(len(chosen))
     gray = np.rint(warp(ink[chosen], still, still + 1, still, still) * 255).astype(np.uint8)
-    # Digits are not mirror-symmetric: a flipped 2 is no 2, so nothing augments them.
-    return ArrayImages("digits", gray[:, None].repeat(3, axis=1), labels[chosen], LABELS, scans=chosen[:, None])
+    # Shifted but not mirrored in training: a flipped 2 is no 2.
+    pixels = gray[:, None].repeat(3, axis=1)
+    return ArrayImages("digits", pixels, labels[chosen], LABELS, augmentation="shift", scans=chosen[:, None])

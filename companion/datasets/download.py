@@ -6,7 +6,7 @@ import tarfile
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.client import HTTPException, HTTPResponse
+from http.client import HTTPException, HTTPResponse, responses
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 from urllib.error import HTTPError, URLError
@@ -119,12 +119,15 @@ def _open(url: str, timeout: float) -> HTTPResponse:
         response: HTTPResponse = opener.open(request, timeout=timeout)
     except HTTPError as error:
         error.close()
-        raise CompanionError(f"{url} answered {error.code} {error.reason}: try again later or another url.") from error
+        raise CompanionError(
+            f"{url} answered {error.code} {responses.get(error.code, '')}: try again later or another url."
+        ) from error
     except TimeoutError as error:
         raise CompanionError(f"{url} did not answer within {timeout:g} s: try again later.") from error
     except (URLError, OSError, HTTPException, ValueError) as error:
         reason = getattr(error, "reason", error)
-        raise CompanionError(f"cannot reach {url}: {getattr(reason, 'strerror', None) or reason}.") from error
+        text = " ".join(str(getattr(reason, "strerror", None) or reason).split())  # a server's nonsense has lines
+        raise CompanionError(f"cannot reach {url}: {text}.") from error
     return response
 
 

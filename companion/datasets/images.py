@@ -77,7 +77,7 @@ class Pictures(Dataset[tuple[Tensor, int]]):
         self.targets = torch.tensor(list(files.values()))  # int64 [N]
         self.labels = labels
         self.size = size
-        self.augmentation = "crop_flip"
+        self.augmentation = "shift_flip"
 
     def __len__(self) -> int:
         return len(self.files)

@@ -42,7 +42,7 @@ def load(
     Returns:
         A data set of samples ``(image, label)``: float32 [3, H, W] in 0..1 and int. It has ``name``,
         ``task`` (``classify``), ``labels`` (class names in order), ``targets`` (int64 [N], the labels of
-        all samples) and ``augmentation`` (what suits it in training: ``crop_flip`` or None).
+        all samples) and ``augmentation`` (what suits it in training: ``shift``, ``shift_flip`` or None).
 
     Raises:
         CompanionError: no such data set, split or option, or data that is missing or unusable.

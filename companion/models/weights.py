@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import safetensors.torch
@@ -42,14 +42,8 @@ def save(
     if vocabulary is not None:
         info = replace(info, vocabulary=tuple(vocabulary))
     attach(model, info)
-    metadata = {
-        "format": FORMAT,
-        "model": info.name,
-        "configuration": json.dumps(info.configuration),
-        "task": info.task,
-        "labels": json.dumps(info.labels, ensure_ascii=False),
-        "vocabulary": json.dumps(info.vocabulary, ensure_ascii=False),
-    }
+    # One entry, because safetensors writes several in random order: equal networks make equal files.
+    metadata = {FORMAT: json.dumps(asdict(info), ensure_ascii=False)}
     # A file has no memory format (channels-last) and no device.
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     with replacing(path) as file:
@@ -68,7 +62,8 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
     try:
         with safe_open(path, framework="pt") as file:
             info = _read_info(path, file.metadata() or {})
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+            # Cloned, because they lie unaligned in the file: kernels would round in another order than before.
+            state = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
         raise CompanionError(f"{path} is not a safetensors file or is damaged: {error}.") from error
     # Built without memory first: a forged configuration is refused by shape before it can ask for any.
@@ -82,26 +77,23 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
 
 
 def _read_info(path: Path, metadata: dict[str, str]) -> ModelInfo:
-    if metadata.get("format") != FORMAT:
+    if FORMAT not in metadata:
         raise CompanionError(
             f"{path} is a safetensors file, but not one of companion's: it does not say which network it holds."
         )
     try:
-        configuration = json.loads(metadata["configuration"])
-        labels, vocabulary = (json.loads(metadata[key]) for key in ("labels", "vocabulary"))
-        if not isinstance(configuration, dict):
-            raise TypeError("the configuration is not a table")
-        for words in (labels, vocabulary):
-            if words is not None and not all(isinstance(word, str) for word in words):
-                raise TypeError("a label or a word is not text")
+        found = json.loads(metadata[FORMAT])
+        for key in ("labels", "vocabulary"):
+            if found[key] is not None and not all(isinstance(word, str) for word in found[key]):
+                raise TypeError(f"the {key} are not text")
         return ModelInfo(
-            name=metadata["model"],
-            configuration={k: tuple(v) if isinstance(v, list) else v for k, v in configuration.items()},
-            task=metadata["task"],
-            labels=None if labels is None else tuple(labels),
-            vocabulary=None if vocabulary is None else tuple(vocabulary),
+            name=str(found["name"]),
+            configuration={k: tuple(v) if isinstance(v, list) else v for k, v in found["configuration"].items()},
+            task=found["task"],
+            labels=None if found["labels"] is None else tuple(found["labels"]),
+            vocabulary=None if found["vocabulary"] is None else tuple(found["vocabulary"]),
         )
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise CompanionError(f"{path} has a damaged description of its network: {error}.") from error
 
 

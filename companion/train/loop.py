@@ -83,7 +83,7 @@ def fit(
     *,
     epochs: int,
     batch_size: int = 32,
-    lr: float = 2e-3,
+    lr: float = 3e-3,
     weight_decay: float = 1e-2,
     precision: str = "fp32",
     validation: Any = 0.1,
@@ -93,7 +93,7 @@ def fit(
     num_workers: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
     resume: bool = False,
-    checkpoint_seconds: float = 60.0,
+    checkpoint_seconds: float = 15.0,
     on_epoch: Callable[[Epoch], None] | None = None,
     progress: bool = True,
 ) -> History:

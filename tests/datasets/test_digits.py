@@ -24,7 +24,7 @@ def test_samples_are_images_in_0_to_1_with_a_label(split):
     assert split[7][0].max() <= 1
     assert torch.equal(image[0], image[1])
     assert torch.equal(image[0], image[2])
-    assert (split.task, split.labels, split.augmentation) == ("classify", tuple("0123456789"), None)
+    assert (split.task, split.labels, split.augmentation) == ("classify", tuple("0123456789"), "shift")
 
 
 def test_pixels_are_the_scans_enlarged(split):
@@ -57,9 +57,9 @@ def drawn(ink, *, half_tangent=0.0, scale=1.0, x=0.0, y=0.0):
     return warp(ink, *(np.full(len(ink), value) for value in (half_tangent, scale, x, y)))
 
 
-def test_warp_by_a_right_angle_is_a_quarter_turn(ink):
+def test_warp_by_a_right_angle_is_a_quarter_turn_clockwise(ink):
     turned = drawn(ink, half_tangent=1.0)  # tan(90°/2)
-    assert np.allclose(turned, np.rot90(drawn(ink), axes=(1, 2)), atol=1e-12)
+    assert np.allclose(turned, np.rot90(drawn(ink), k=-1, axes=(1, 2)), atol=1e-12)
 
 
 def test_warp_shifts_by_pixels_of_the_scan(ink):

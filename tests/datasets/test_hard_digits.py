@@ -53,7 +53,7 @@ def test_labels_are_those_of_the_scans_at_any_level():
 
 def test_distortion_grows_with_the_level():
     plain = datasets.load("hard_digits", split="test", level=0).images.float()
-    levels = (0.1, 0.5, 1, 1.3, 1.6, 2, 3)
+    levels = (0.1, 0.5, 1, 1.5, 3)
     images = [datasets.load("hard_digits", split="test", level=level).images.float() for level in levels]
     distances = [(other - plain).abs().mean() for other in images]
     assert distances == sorted(distances)

@@ -127,5 +127,5 @@ def test_unusable_settings_are_refused(name, settings, says):
 
 
 def test_foreign_modules_have_no_description():
-    with pytest.raises(CompanionError, match="not made by models.create"):
+    with pytest.raises(CompanionError, match=r"not made by models\.create"):
         models.describe(nn.Linear(1, 1))
