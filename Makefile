@@ -40,6 +40,9 @@ notebooks: $(VENV)/.test
 stress: $(VENV)/.test
 	$(PY) -m pytest -m stress
 
+wheel: $(VENV)/.test
+	$(PY) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+
 lock:
 	$(PYTHON) -m venv build/lock && build/lock/bin/pip install --quiet uv
 	build/lock/bin/uv pip compile --quiet --universal --python-version 3.11 --extra all --no-emit-package companion \

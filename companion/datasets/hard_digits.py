@@ -87,4 +87,4 @@ def hard_digits(split: str, level: float = 1.0) -> ArrayImages:
         picture = paper[part] + (pen[part] - paper[part]) * drawn + noise * (NOISE * level)
         images[part] = np.rint(np.clip(picture, 0, 1) * 255)
     used = np.stack([chosen, neighbours], axis=1)
-    return ArrayImages("hard_digits", images, targets, LABELS, scans=used)
+    return ArrayImages(f"hard_digits (level {level:g})", images, targets, LABELS, scans=used)
