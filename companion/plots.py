@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)))
 
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "figure.facecolor": "white",  # a page may be dark, the picture brings its own paper
     "savefig.facecolor": "white",
     "figure.dpi": 100,

@@ -81,7 +81,7 @@ def main() -> None:
     for edition, settings in EDITIONS.items():
         start = time.monotonic()
         pages = build(edition, settings)
-        print(f"built {pages} pages in {time.monotonic() - start:.0f} s: open build/site/{edition}/book/index.html")
+        print(f"built {pages} pages in {time.monotonic() - start:.0f} s: open build/site/index.html")
     first, editions = next(iter(EDITIONS)), "|".join(EDITIONS)
     (SITE / "index.html").write_text(FRONT.replace("{first}", first), encoding="utf-8")
     page = MISSING.replace("{first}", first).replace("{editions}", editions)
