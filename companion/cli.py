@@ -122,9 +122,9 @@ def train(
         raise typer.Exit(130) from None
     models.save(network, out)
     checkpoint.unlink(missing_ok=True)
-    scores = training.evaluate(network, test_data, precision=precision, device=device, num_workers=workers)
-    print(f"test          {_figures(scores)}")
     print(f"weights of epoch {history.best_epoch} (best on the validation split) in {out}")
+    scores = training.evaluate(network, test_data, precision=precision, device=device, num_workers=workers)
+    print(f"test  {_figures(scores)}")
 
 
 @app.command()

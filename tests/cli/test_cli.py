@@ -1,4 +1,6 @@
 import functools
+import hashlib
+import http.server
 import inspect
 import json
 import os
@@ -6,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -162,6 +165,122 @@ def test_images_of_ones_own(capsys, tmp_path, monkeypatch):
     assert code == 0, err
     assert "accuracy 100.00 %" in out
     assert models.describe(models.load("cifar_resnet14-pictures.safetensors")).labels == ("green", "red")
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder with ten pictures of each of two classes."""
+    from PIL import Image
+
+    for label, colour in (("red", (200, 20, 20)), ("green", (20, 200, 20))):
+        (tmp_path / "pictures" / label).mkdir(parents=True)
+        for i in range(10):
+            Image.new("RGB", (32, 32), colour).save(tmp_path / "pictures" / label / f"{i}.png")
+    return tmp_path / "pictures"
+
+
+def spoil_all(folder):
+    for path in folder.glob("red/*.png"):
+        path.write_bytes(b"not a picture")
+
+
+def remove_a_class(folder):
+    shutil.rmtree(folder / "green")
+
+
+def remove_all(folder):
+    shutil.rmtree(folder / "green")
+    shutil.rmtree(folder / "red")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [(spoil_all, ".png is damaged"), (remove_a_class, "only one class, 'red'"), (remove_all, "holds no images")],
+)
+def test_unusable_folders(capsys, tmp_path, pictures, spoil, says, workers):
+    spoil(pictures)
+    out = tmp_path / "x.safetensors"
+    arguments = ["cifar_resnet14", "--data", f"folder:{pictures}", "--epochs", "1", "--workers", workers, "--out", out]
+    refused(call(capsys, "train", *arguments), says)
+    assert {path.name for path in tmp_path.iterdir()} == {"pictures"}
+
+
+def test_a_damaged_test_picture_is_named_and_costs_no_training(capsys, tmp_path, pictures):
+    """Found only after the training, whose weights are kept."""
+    from companion.datasets import load
+
+    damaged = load(f"folder:{pictures}", split="test").files[0]
+    (pictures / damaged).write_bytes(b"not a picture")
+    out = tmp_path / "x.safetensors"
+    arguments = ["cifar_resnet14", "--data", f"folder:{pictures}", "--epochs", "1", "--out", out]
+    code, printed, err = call(capsys, "train", *arguments)
+    refused((code, printed, err), f"{damaged} is damaged")
+    assert f"in {out}" in printed
+    assert models.load(out)
+
+
+@pytest.mark.parametrize(
+    ("server", "says"),
+    [
+        ("breaks off", "broke off"),
+        ("hangs", "sent nothing for 1 s"),
+        ("forged", "its checksum is wrong"),
+        ("absent", "cannot reach"),
+    ],
+)
+def test_downloads_that_fail(capsys, tmp_path, monkeypatch, server, says):
+    """Against a server of our own on this machine, and a manifest entry for a small file."""
+    content = bytes(range(256)) * 1000
+    entry = {"url": "", "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    monkeypatch.setattr("companion.datasets.download.manifest", lambda: {"downloads": {"cifar10": entry}})
+    monkeypatch.setattr("companion.datasets.download.archive_name", lambda _: "file.tar.gz")
+    monkeypatch.setenv("COMPANION_DATA", str(tmp_path / "data"))
+    done = threading.Event()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(bytes(len(content)) if server == "forged" else content[:1000])
+            self.wfile.flush()
+            if server == "hangs":
+                done.wait(30)
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
+        url = f"http://127.0.0.1:{httpd.server_port}/file.tar.gz"
+        thread = threading.Thread(target=httpd.serve_forever)
+        thread.start()
+        try:
+            if server == "absent":
+                httpd.socket.close()
+            refused(call(capsys, "data", "get", "cifar10", "--url", url, "--timeout", "1"), says)
+        finally:
+            done.set()
+            httpd.shutdown()
+            thread.join()
+    assert not list((tmp_path / "data").iterdir())
+
+
+def test_data_list_and_verify(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("COMPANION_DATA", str(tmp_path))
+    code, out, _ = call(capsys, "data", "list")
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()[1:4]] == ["digits", "hard_digits", "cifar10"]
+    assert "missing" in out
+    assert str(tmp_path) in out
+    code, out, _ = call(capsys, "data", "verify")
+    assert code == 0
+    assert out.count(" ok ") == 4
+    (tmp_path / "cifar10.zip").write_bytes(b"PK nonsense")
+    code, out, err = call(capsys, "data", "verify")
+    assert code == 1
+    assert "WRONG" in out
+    assert err == "companion: some data are not what they should be; see the lines marked WRONG.\n"
 
 
 def mount_tmpfs(folder: Path, options: str):
