@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from companion.models.layers import CIFAR10_MEAN, CIFAR10_STD, Normalize
+from companion.models.layers import Normalize
 
 
 class SimpleCNN(nn.Sequential):
@@ -21,10 +21,11 @@ class SimpleCNN(nn.Sequential):
 
     def __init__(
         self,
+        *,
         channels: Sequence[int],
         hidden: int,
-        classes: int,
         image_size: int,
+        classes: int,
         mean: Sequence[float],
         std: Sequence[float],
     ) -> None:
@@ -41,29 +42,3 @@ class SimpleCNN(nn.Sequential):
         layers[f"relu{len(channels) + 1}"] = nn.ReLU()
         layers["fc2"] = nn.Linear(hidden, classes)
         super().__init__(layers)
-
-
-def simple_cnn(
-    *,
-    channels: Sequence[int] = (16, 32),
-    hidden: int = 128,
-    classes: int = 10,
-    image_size: int = 32,
-    mean: Sequence[float] = CIFAR10_MEAN,
-    std: Sequence[float] = CIFAR10_STD,
-) -> SimpleCNN:
-    """The two-convolution network that 2.3.2 and 2.3.3 serve: 268,650 parameters as printed."""
-    return SimpleCNN(channels, hidden, classes, image_size, mean, std)
-
-
-def simple_cnn_3conv(
-    *,
-    channels: Sequence[int] = (32, 64, 128),
-    hidden: int = 256,
-    classes: int = 10,
-    image_size: int = 32,
-    mean: Sequence[float] = CIFAR10_MEAN,
-    std: Sequence[float] = CIFAR10_STD,
-) -> SimpleCNN:
-    """The three-convolution network that 2.2.3 trains with Horovod: 620,362 parameters as printed."""
-    return SimpleCNN(channels, hidden, classes, image_size, mean, std)

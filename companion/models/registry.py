@@ -1,15 +1,15 @@
 """Networks by name: `create` builds one and notes on it everything needed to build it again."""
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from companion.errors import CompanionError
-from companion.models import cnn, resnet
+from companion.models import cnn, layers, resnet
 
 
 @dataclass(frozen=True)
@@ -30,22 +30,36 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class _Network:
+    """One row of the table below."""
+
     build: Callable[..., nn.Module]
+    settings: dict[str, Any]
+    """What `create` may change, with defaults."""
     task: str = "classify"
     image_size: int = 32
     """Side of the square images it is made for, in pixels."""
 
 
+_CIFAR = {"classes": 10, "mean": layers.CIFAR10_MEAN, "std": layers.CIFAR10_STD}
+_IMAGENET = {"classes": 1000, "mean": layers.IMAGENET_MEAN, "std": layers.IMAGENET_STD}
+_BASIC, _BOTTLENECK = (partial(resnet.ResNet, block) for block in (resnet.BasicBlock, resnet.Bottleneck))
+_CIFAR_STEM, _IMAGENET_STEM = resnet.cifar_stem, resnet.imagenet_stem
+
 _NETWORKS = {
-    "simple_cnn": _Network(cnn.simple_cnn),
-    "simple_cnn_3conv": _Network(cnn.simple_cnn_3conv),
-    "cifar_resnet14": _Network(resnet.cifar_resnet14),
-    "cifar_resnet20": _Network(resnet.cifar_resnet20),
-    "cifar_resnet56": _Network(resnet.cifar_resnet56),
-    "cifar_resnet18": _Network(resnet.cifar_resnet18),
-    "cifar_resnet50": _Network(resnet.cifar_resnet50),
-    "resnet18": _Network(resnet.resnet18, image_size=224),
-    "resnet50": _Network(resnet.resnet50, image_size=224),
+    # As printed: the network that 2.3.2 and 2.3.3 serve, and the one that 2.2.3 trains with Horovod.
+    "simple_cnn": _Network(cnn.SimpleCNN, {"channels": (16, 32), "hidden": 128, "image_size": 32, **_CIFAR}),
+    "simple_cnn_3conv": _Network(cnn.SimpleCNN, {"channels": (32, 64, 128), "hidden": 256, "image_size": 32, **_CIFAR}),
+    # He et al. (2016), section 4.2: three stages of n basic blocks, 6n + 2 layers.
+    "cifar_resnet14": _Network(partial(_BASIC, (2, 2, 2), _CIFAR_STEM), {"width": 16, **_CIFAR}),
+    "cifar_resnet20": _Network(partial(_BASIC, (3, 3, 3), _CIFAR_STEM), {"width": 16, **_CIFAR}),
+    "cifar_resnet56": _Network(partial(_BASIC, (9, 9, 9), _CIFAR_STEM), {"width": 16, **_CIFAR}),
+    # The same paper's networks for ImageNet, with a stem for 32×32 images (2.2.2 trains the second) and as they are.
+    "cifar_resnet18": _Network(partial(_BASIC, (2, 2, 2, 2), _CIFAR_STEM), {"width": 64, **_CIFAR}),
+    "cifar_resnet50": _Network(partial(_BOTTLENECK, (3, 4, 6, 3), _CIFAR_STEM), {"width": 64, **_CIFAR}),
+    "resnet18": _Network(partial(_BASIC, (2, 2, 2, 2), _IMAGENET_STEM), {"width": 64, **_IMAGENET}, image_size=224),
+    "resnet50": _Network(
+        partial(_BOTTLENECK, (3, 4, 6, 3), _IMAGENET_STEM), {"width": 64, **_IMAGENET}, image_size=224
+    ),
 }
 
 
@@ -88,11 +102,10 @@ def create(
         CompanionError: no such network, or an argument that it does not take.
     """
     network = _network(name)
-    parameters = inspect.signature(network.build).parameters
     for key in configuration:
-        if key not in parameters:
-            raise CompanionError(f"{name} has no setting {key!r}: it takes {', '.join(parameters)}.")
-    full = {key: parameter.default for key, parameter in parameters.items()} | configuration
+        if key not in network.settings:
+            raise CompanionError(f"{name} has no setting {key!r}: it takes {', '.join(network.settings)}.")
+    full = network.settings | configuration
     # JSON, in which the configuration travels, has lists only: make both forms one.
     full = {key: tuple(value) if isinstance(value, list) else value for key, value in full.items()}
     try:

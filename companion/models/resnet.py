@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
-from companion.models.layers import CIFAR10_MEAN, CIFAR10_STD, IMAGENET_MEAN, IMAGENET_STD, Normalize
+from companion.models.layers import Normalize
 
 
 def _shortcut(inputs: int, outputs: int, stride: int) -> nn.Module | None:
@@ -77,8 +77,9 @@ class ResNet(nn.Module):
         self,
         block: type[BasicBlock] | type[Bottleneck],
         depths: Sequence[int],
-        width: int,
         stem: Callable[[int], dict[str, nn.Module]],
+        *,
+        width: int,
         classes: int,
         mean: Sequence[float],
         std: Sequence[float],
@@ -107,7 +108,8 @@ class ResNet(nn.Module):
         return x
 
 
-def _cifar_stem(width: int) -> dict[str, nn.Module]:
+def cifar_stem(width: int) -> dict[str, nn.Module]:
+    """What comes first for 32×32 images, by name: the picture keeps its size."""
     return {
         "conv1": nn.Conv2d(3, width, 3, padding=1, bias=False),
         "bn1": nn.BatchNorm2d(width),
@@ -115,87 +117,11 @@ def _cifar_stem(width: int) -> dict[str, nn.Module]:
     }
 
 
-def _imagenet_stem(width: int) -> dict[str, nn.Module]:
+def imagenet_stem(width: int) -> dict[str, nn.Module]:
+    """What comes first for 224×224 images: the picture shrinks to a quarter of its side."""
     return {
         "conv1": nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False),
         "bn1": nn.BatchNorm2d(width),
         "relu": nn.ReLU(),
         "maxpool": nn.MaxPool2d(3, stride=2, padding=1),
     }
-
-
-def cifar_resnet14(
-    *,
-    width: int = 16,
-    classes: int = 10,
-    mean: Sequence[float] = CIFAR10_MEAN,
-    std: Sequence[float] = CIFAR10_STD,
-) -> ResNet:
-    """Three stages of 2 basic blocks, 175 thousand parameters at width 16 (He et al., section 4.2, with n = 2)."""
-    return ResNet(BasicBlock, (2, 2, 2), width, _cifar_stem, classes, mean, std)
-
-
-def cifar_resnet20(
-    *,
-    width: int = 16,
-    classes: int = 10,
-    mean: Sequence[float] = CIFAR10_MEAN,
-    std: Sequence[float] = CIFAR10_STD,
-) -> ResNet:
-    """Three stages of 3 basic blocks, 0.27 million parameters at width 16 (He et al., section 4.2, with n = 3)."""
-    return ResNet(BasicBlock, (3, 3, 3), width, _cifar_stem, classes, mean, std)
-
-
-def cifar_resnet56(
-    *,
-    width: int = 16,
-    classes: int = 10,
-    mean: Sequence[float] = CIFAR10_MEAN,
-    std: Sequence[float] = CIFAR10_STD,
-) -> ResNet:
-    """Three stages of 9 basic blocks, 0.86 million parameters at width 16 (He et al., section 4.2, with n = 9)."""
-    return ResNet(BasicBlock, (9, 9, 9), width, _cifar_stem, classes, mean, std)
-
-
-def cifar_resnet18(
-    *,
-    width: int = 64,
-    classes: int = 10,
-    mean: Sequence[float] = CIFAR10_MEAN,
-    std: Sequence[float] = CIFAR10_STD,
-) -> ResNet:
-    """ResNet-18 with a stem for 32×32 images: 11.2 million parameters at width 64."""
-    return ResNet(BasicBlock, (2, 2, 2, 2), width, _cifar_stem, classes, mean, std)
-
-
-def cifar_resnet50(
-    *,
-    width: int = 64,
-    classes: int = 10,
-    mean: Sequence[float] = CIFAR10_MEAN,
-    std: Sequence[float] = CIFAR10_STD,
-) -> ResNet:
-    """ResNet-50 with a stem for 32×32 images: 23.5 million parameters at width 64. The network of 2.2.2."""
-    return ResNet(Bottleneck, (3, 4, 6, 3), width, _cifar_stem, classes, mean, std)
-
-
-def resnet18(
-    *,
-    width: int = 64,
-    classes: int = 1000,
-    mean: Sequence[float] = IMAGENET_MEAN,
-    std: Sequence[float] = IMAGENET_STD,
-) -> ResNet:
-    """torchvision's ResNet-18 for 224×224 images, without its weights."""
-    return ResNet(BasicBlock, (2, 2, 2, 2), width, _imagenet_stem, classes, mean, std)
-
-
-def resnet50(
-    *,
-    width: int = 64,
-    classes: int = 1000,
-    mean: Sequence[float] = IMAGENET_MEAN,
-    std: Sequence[float] = IMAGENET_STD,
-) -> ResNet:
-    """torchvision's ResNet-50 for 224×224 images, without its weights."""
-    return ResNet(Bottleneck, (3, 4, 6, 3), width, _imagenet_stem, classes, mean, std)
