@@ -4,7 +4,6 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 from torch.utils.data import Subset
 
 from companion.errors import CompanionError
@@ -31,10 +30,11 @@ from companion.train.batches import (
     permutation,
     seed_everything,
 )
-from companion.train.tasks import Task, task_of
+from companion.train.device import move, pick_device, placed
+from companion.train.evaluation import EVALUATION_BATCH, Scores, check_match, score
+from companion.train.tasks import Task, attribute, task_of
 
 WARM_UP = 0.05  # share of the steps in which the learning rate rises to its peak
-EVALUATION_BATCH = 256  # no gradients are kept, so a larger batch than in training fits
 
 
 @dataclass(frozen=True)
@@ -64,17 +64,6 @@ class History:
     """Name of the validation score; empty without a validation split."""
     best_epoch: int
     """The epoch (from 1) whose weights the network now has."""
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What `evaluate` found."""
-
-    samples: int
-    loss: float
-    """Mean over the samples."""
-    metrics: dict[str, float]
-    """Scores by name, in 0..1, the task's main one first."""
 
 
 def fit(
@@ -141,12 +130,12 @@ def fit(
     policy = Precision.named(precision, pick_device(device))
     task = task_of(train_data)
     check_match(model, train_data)
-    augment = getattr(train_data, "augmentation", None) if augment == "default" else augment
+    augment = attribute(train_data, "augmentation") if augment == "default" else augment
     change = augmentation(augment)
     training, held_out = _hold_out(train_data, validation, seed)
     settings = {
         **_identity(model),
-        "data": getattr(train_data, "name", type(train_data).__name__),
+        "data": attribute(train_data, "name", type(train_data).__name__),
         "samples": len(training),
         "validation": 0 if held_out is None else len(held_out),
         "epochs": epochs,
@@ -160,7 +149,7 @@ def fit(
     batches = Batches(training, batch_size, task.collate, seed, shuffle=True)
     total = epochs * batches.steps
 
-    with own_randomness(), _placed(model, policy.device):
+    with own_randomness(), placed(model, policy.device):
         optimizer = AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
         scaler = policy.scaler()
         run = _Run()
@@ -197,14 +186,9 @@ def fit(
                 seed_everything(derive_seed(seed, STEP, run.step))
                 for group in optimizer.param_groups:
                     group["lr"] = lr * schedule(run.step, total)
-                inputs, targets = _to(inputs, policy.device), _to(targets, policy.device)
-                with policy.autocast():
-                    loss = task.loss(model, model(change(inputs)), targets)
-                optimizer.zero_grad(set_to_none=True)
-                scaler.scale(loss).backward()
-                scaler.step(optimizer)
-                scaler.update()
-                loss_sum += loss.detach() * len(targets)
+                inputs, targets = move(inputs, policy.device), move(targets, policy.device)
+                loss = train_step(model, change(inputs), targets, task, policy, optimizer, scaler)
+                loss_sum += loss * len(targets)
                 run.step += 1
                 bar.update()
 
@@ -217,9 +201,9 @@ def fit(
                         )
                     validated = None
                     if held_out is not None:
-                        validated = _score(model, islice(validations, held_out_batches.steps), task, policy)
+                        validated = score(model, islice(validations, held_out_batches.steps), task, policy)
                         model.train()
-                        bar.set_postfix(validation=f"{_main(validated):.3f}")
+                        bar.set_postfix(validation=f"{validated.main:.3f}")
                     epoch = run.end_epoch(model, optimizer, train_loss, validated, time.monotonic() - epoch_started)
                     if on_epoch is not None:
                         with bar.external_write_mode():
@@ -239,98 +223,23 @@ def fit(
     return History(tuple(Epoch(**row) for row in run.epochs), run.best["score"], run.best["epoch"])
 
 
-def evaluate(
+def train_step(
     model: nn.Module,
-    data: Any,
-    *,
-    batch_size: int = EVALUATION_BATCH,
-    precision: str = "fp32",
-    device: str | torch.device | None = None,
-    num_workers: int = 0,
-    progress: bool = True,
-) -> Scores:
-    """Loss and scores of ``model`` over all of ``data``; the network itself is left as it was.
-
-    Args:
-        model: takes a batch of the data's samples.
-        data: a data set of companion.datasets, or any map-style one of (input, target) samples.
-        batch_size, precision, device, num_workers, progress: as in `fit`.
-
-    Raises:
-        CompanionError: data that does not fit the network, or a sample that cannot be read.
-    """
-    task = task_of(data)
-    with _evaluation(model, data, batch_size, precision, device, num_workers, progress) as (policy, stream):
-        return _score(model, stream, task, policy)
-
-
-def predict(
-    model: nn.Module,
-    data: Any,
-    *,
-    batch_size: int = EVALUATION_BATCH,
-    precision: str = "fp32",
-    device: str | torch.device | None = None,
-    num_workers: int = 0,
-    progress: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """The outputs of ``model`` for all of ``data``, float32 [N, …] on the CPU, and the targets [N, …], in its order.
-
-    Arguments and errors are those of `evaluate`.
-    """
-    with _evaluation(model, data, batch_size, precision, device, num_workers, progress) as (policy, stream):
-        pairs = [(outputs.float().cpu(), targets.cpu()) for outputs, targets in _forward(model, stream, policy)]
-    outputs, targets = zip(*pairs, strict=True)
-    return torch.cat(outputs), torch.cat(targets)
-
-
-def pick_device(name: str | torch.device | None) -> torch.device:
-    """The device called ``name``; None takes a CUDA GPU if there is one, else the CPU.
-
-    Raises:
-        CompanionError: this machine has no such device.
-    """
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise CompanionError(
-            f"there is no device {str(name)!r} here: `companion doctor` lists those there are."
-        ) from error
-    return device
-
-
-def check_match(model: nn.Module, data: Any) -> None:
-    """Refuse data that this network cannot be trained or judged on; networks that are not ours pass unchecked.
-
-    Raises:
-        CompanionError: no samples, another task, or other classes.
-    """
-    if len(data) == 0:
-        raise CompanionError("the data set is empty.")
-    try:
-        info = describe(model)
-    except CompanionError:
-        return
-    name = getattr(data, "name", "the data set")
-    task, labels = getattr(data, "task", info.task), getattr(data, "labels", None)
-    if task != info.task:
-        raise CompanionError(f"{info.name} is for the task {info.task!r}, {name} is for {task!r}.")
-    size = info.configuration.get("image_size")
-    if size is not None and (shape := tuple(data[0][0].shape[-2:])) != (size, size):
-        raise CompanionError(f"{info.name} takes images of {size}×{size}, {name} has {shape[0]}×{shape[1]}.")
-    if labels is None:
-        return
-    classes = info.configuration.get("classes", len(labels))
-    if len(labels) != classes:
-        raise CompanionError(f"{info.name} has {classes} classes, {name} has {len(labels)}.")
-    if info.labels is not None and tuple(labels) != info.labels:
-        different = next((ours, theirs) for ours, theirs in zip(info.labels, labels, strict=True) if ours != theirs)
-        raise CompanionError(
-            f"{info.name} was trained for other classes than those of {name}: {different[0]!r} is not {different[1]!r}."
-        )
+    inputs: Any,
+    targets: Any,
+    task: Task,
+    policy: Precision,
+    optimizer: Optimizer,
+    scaler: torch.amp.GradScaler,
+) -> Tensor:
+    """Forward, backward, and one change of the weights; returns the mean loss of the batch before it, on the device."""
+    with policy.autocast():
+        loss = task.loss(model, model(inputs), targets)
+    optimizer.zero_grad(set_to_none=True)
+    scaler.scale(loss).backward()  # scales float16's gradients only, and for those skips a step that overflowed
+    scaler.step(optimizer)
+    scaler.update()
+    return loss.detach()
 
 
 def schedule(step: int, total: int) -> float:
@@ -359,21 +268,17 @@ class _Run:
             learning_rate=optimizer.param_groups[0]["lr"],
             train_loss=train_loss,
             validation_loss=None if validated is None else validated.loss,
-            validation_score=None if validated is None else _main(validated),
+            validation_score=None if validated is None else validated.main,
             seconds=seconds,
         )
         self.epochs.append(asdict(epoch))
         # Without a validation split every epoch beats the one before.
-        rank = (float(number), 0.0) if validated is None else (_main(validated), -validated.loss)
+        rank = (float(number), 0.0) if validated is None else (validated.main, -validated.loss)
         if self.best is None or rank > tuple(self.best["rank"]):
             weights = {key: value.detach().cpu().clone() for key, value in model.state_dict().items()}
             score = "" if validated is None else next(iter(validated.metrics))
             self.best = {"epoch": number, "rank": rank, "score": score, "weights": weights}
         return epoch
-
-
-def _main(scores: Scores) -> float:
-    return next(iter(scores.metrics.values()))
 
 
 def _identity(model: nn.Module) -> dict[str, Any]:
@@ -397,75 +302,3 @@ def _hold_out(data: Any, validation: Any, seed: int) -> tuple[Any, Any]:
         raise CompanionError(f"{len(data)} samples are too few to hold out {validation:.0%} for validation.")
     order = permutation(len(data), derive_seed(seed, HOLDOUT))
     return Subset(data, sorted(order[count:])), Subset(data, sorted(order[:count]))
-
-
-@contextmanager
-def _placed(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """The network on ``device``, channels-last (the layout that convolutions are fastest in); afterwards as before."""
-    home = next((p.device for p in model.parameters()), torch.device("cpu"))
-    model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    try:
-        yield
-    finally:
-        model.to(device=home, memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-
-
-@contextmanager
-def _evaluation(
-    model: nn.Module,
-    data: Any,
-    batch_size: int,
-    precision: str,
-    device: str | torch.device | None,
-    num_workers: int,
-    progress: bool,
-) -> Iterator[tuple[Precision, Iterator[Any]]]:
-    """What `evaluate` and `predict` share: everything checked, the network in place, the batches of the data."""
-    policy = Precision.named(precision, pick_device(device))
-    check_match(model, data)
-    batches = Batches(data, batch_size, task_of(data).collate, seed=0, shuffle=False)
-    training = model.training
-    with _placed(model, policy.device), own_randomness():
-        stream = batches.iterate(range(batches.steps), num_workers=num_workers, pin_memory=policy.pin_memory)
-        with progress_bar(show=progress, total=batches.steps, unit="batch") as bar:
-            try:
-                yield policy, _counted(stream, bar)
-            finally:
-                model.train(training)
-
-
-def _counted(stream: Iterator[Any], bar: Any) -> Iterator[Any]:
-    for batch in stream:
-        yield batch
-        bar.update()
-
-
-def _forward(model: nn.Module, stream: Iterator[Any], policy: Precision) -> Iterator[tuple[Any, Any]]:
-    """Outputs and targets of each batch, in evaluation mode and without gradients."""
-    model.eval()
-    for inputs, targets in stream:
-        targets = _to(targets, policy.device)
-        with torch.inference_mode(), policy.autocast():
-            outputs = model(_to(inputs, policy.device))
-        yield outputs, targets
-
-
-def _score(model: nn.Module, stream: Iterator[Any], task: Task, policy: Precision) -> Scores:
-    meter, loss_sum, samples = task.meter(), 0.0, 0
-    for outputs, targets in _forward(model, stream, policy):
-        meter.update(outputs, targets)
-        loss_sum += task.loss(model, outputs, targets).item() * len(targets)
-        samples += len(targets)
-    return Scores(samples, loss_sum / samples, meter.compute())
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    """Tensors, alone or in tuples, lists and tables, on the device; images channels-last."""
-    if isinstance(value, Tensor):
-        layout = torch.channels_last if value.dim() == 4 else torch.preserve_format
-        return value.to(device, non_blocking=True, memory_format=layout)
-    if isinstance(value, dict):
-        return {key: _to(item, device) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_to(item, device) for item in value)
-    return value

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import default_collate
+from torch.utils.data import Subset, default_collate
 
 from companion.errors import CompanionError
 
@@ -53,13 +53,20 @@ class Task:
 TASKS = {"classify": Task(default_collate, _classification_loss, Accuracy)}
 
 
+def attribute(data: Any, name: str, default: Any = None) -> Any:
+    """What a data set says of itself, such as its ``labels``; a `torch.utils.data.Subset` says what its whole does."""
+    while not hasattr(data, name) and isinstance(data, Subset):
+        data = data.dataset
+    return getattr(data, name, default)
+
+
 def task_of(data: Any) -> Task:
     """The task that a data set names in its ``task`` attribute; one without is taken for classification.
 
     Raises:
         CompanionError: no such task.
     """
-    name = getattr(data, "task", "classify")
+    name = attribute(data, "task", "classify")
     if name not in TASKS:
         raise CompanionError(f"there is no task {name!r}: the data set must be for one of {', '.join(TASKS)}.")
     return TASKS[name]

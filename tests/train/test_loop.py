@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
 from companion import CompanionError, datasets, models, train
+from companion.train.batches import Batches
 from companion.train.loop import WARM_UP, schedule
 
 
@@ -152,7 +153,7 @@ class Noisy(Dataset):
 
 
 def test_random_transforms_are_seeded_and_differ_between_samples_and_epochs():
-    batches = train.loop.Batches(Noisy(), 4, torch.utils.data.default_collate, seed=0, shuffle=True)
+    batches = Batches(Noisy(), 4, torch.utils.data.default_collate, seed=0, shuffle=True)
     a, b = batches[0][0], batches[8][0]  # the first batch of two epochs
     assert torch.equal(batches[0][0], a)
     assert len({round(value, 6) for value in torch.cat([a, b])[:, 2].tolist()}) > 4
@@ -312,3 +313,17 @@ def test_trains_on_a_gpu_in_every_precision(precision):
     assert next(model.parameters()).device.type == "cpu"
     scores = train.evaluate(model, datasets.load("digits", split="test"), precision=precision, device="cuda")
     assert scores.metrics["accuracy"] > 0.9
+
+
+def test_a_subset_is_known_by_its_whole():
+    whole = datasets.load("digits", split="train")
+    part = torch.utils.data.Subset(torch.utils.data.Subset(whole, range(100)), range(20))
+    with pytest.raises(CompanionError, match="'a' is not '0'"):
+        train.evaluate(models.create("simple_cnn", labels="abcdefghij"), part)
+    results = []
+    for augment in ("default", "shift", None):
+        model = models.create("simple_cnn", seed=0)
+        train.fit(model, part, epochs=1, augment=augment)
+        results.append(weights(model))
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
