@@ -30,11 +30,11 @@ lint: $(VENV)/.test
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-lab: $(VENV)/.test
+lab: $(VENV)/.notebooks
 	$(VENV)/bin/jupyter lab --notebook-dir=notebooks
 
 # Runs the notebooks again, from top to bottom, and stores what they print.
-notebooks: $(VENV)/.test
+notebooks: $(VENV)/.notebooks
 	$(PY) tools/run_notebooks.py
 
 stress: $(VENV)/.test
@@ -58,6 +58,10 @@ $(PY):
 $(VENV)/.site: pyproject.toml constraints.txt | $(PY)
 	$(PIP_INSTALL) $$($(PY) tools/extra.py site)
 	$(PIP_INSTALL) --no-deps -e .
+	touch $@
+
+$(VENV)/.notebooks: pyproject.toml constraints.txt | $(PY)
+	$(PIP_INSTALL) -e ".[notebooks]"
 	touch $@
 
 $(VENV)/.test: pyproject.toml constraints.txt | $(PY)

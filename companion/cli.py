@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except typer.TyperException as error:
         context = getattr(error, "ctx", None)
         hint = f"; see `{context.command_path} --help`." if context else "."
-        message, code = error.format_message().rstrip(".") + hint, error.exit_code
+        message, code = error.format_message().rstrip(".?") + hint, error.exit_code
     print(f"companion: {message}", file=sys.stderr)
     sys.exit(code)
 
@@ -82,7 +82,7 @@ def train(
     workers: Workers = 0,
     out: Annotated[Path | None, typer.Option(help="Weights file; MODEL-DATA.safetensors if not given.")] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with an interrupted run of the same settings.")
+        bool, typer.Option("--resume", help="Go on with an interrupted run of these settings, if there is one.")
     ] = False,
 ) -> None:
     """Train a network, judge it on the test split, and save its weights.
@@ -100,6 +100,8 @@ def train(
     out = out or Path(f"{model}-{Path(data.removeprefix('folder:')).stem}.safetensors")
     files.check_writable(out)
     checkpoint = out.with_name(out.name + ".checkpoint")
+    if resume and not checkpoint.exists():
+        print(f"there is no unfinished run in {checkpoint}: starting from the beginning")
     print(f"{model} ({metrics.count_parameters(network):,} parameters) on {data} ({len(train_data):,} images)")
     try:
         history = training.fit(
@@ -161,8 +163,8 @@ def data_list() -> None:
     from companion import datasets
 
     _table(
-        ("name", "task", "state", "what"),
-        ((row.name, row.task, row.state, row.source) for row in datasets.catalogue()),
+        ("name", "task", "state", "size", "terms", "source"),
+        ((row.name, row.task, row.state, row.size, row.terms, row.source) for row in datasets.catalogue()),
     )
     print(f"\ndownloads and data of your own: {datasets.data_folder()} (COMPANION_DATA chooses another folder)")
 

@@ -66,7 +66,10 @@ def warp(
 
 
 def digits(split: str) -> ArrayImages:
-    """1,797 digits written by 13 people, 8×8 scans enlarged to 3×32×32: 1,257 to train, 540 to test (stratified).
+    """1,797 digits written by 13 people, enlarged from 8×8 to 3×32×32: 1,257 to train, 540 to test (stratified).
+
+    The 8×8 pixels count the ink in blocks of 4×4 of the original scans. The split is at random, so both parts are in
+    the same 13 hands.
 
     Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI, 1998.
     """

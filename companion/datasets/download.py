@@ -38,9 +38,12 @@ def get(name: str, *, url: str | None = None, timeout: float = 30.0, progress: b
         Where the data set lies.
 
     Raises:
-        CompanionError: nothing to download under that name; the server cannot be reached, refuses, hangs,
-            breaks off, or has another file; the disk is full or read-only. Nothing is left behind.
+        CompanionError: nothing to download under that name; a timeout out of range; the server cannot be
+            reached, refuses, hangs, breaks off, or has another file; the disk is full or read-only. Nothing
+            is left behind.
     """
+    if not 0 < timeout <= 86_400:
+        raise CompanionError(f"timeout is {timeout:g}: give seconds, more than 0 and at most a day.")
     downloads = manifest()["downloads"]
     if name not in downloads:
         raise CompanionError(f"{name!r} is nothing to download: choose {', '.join(downloads)}.")

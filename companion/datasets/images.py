@@ -209,7 +209,7 @@ def _labels(path: Path, splits: dict[str, Classes]) -> tuple[str, ...]:
 def folder(split: str, path: str, size: int = 32) -> Pictures:
     """Images of your own: a folder or zip with ``train/`` and ``test/`` (or ``val/``) folders of class folders.
 
-    Without those two the class folders themselves, of which every fifth picture is for testing.
+    Without those two the class folders themselves: a fifth of each, always the same pictures, is for testing.
 
     Raises:
         CompanionError: as `open_pictures`, or the size is not a number of pixels from 8 to 1024.

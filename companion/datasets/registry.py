@@ -3,6 +3,7 @@
 import inspect
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from companion.datasets.arrays import ArrayImages
@@ -49,7 +50,8 @@ def load(
     """
     kind, _, path = name.partition(":")
     if kind not in _DATASETS or (kind == "folder") != bool(path):
-        raise CompanionError(f"there is no data set {name!r}: choose one of {', '.join(names())}, folder:PATH.")
+        own = f" (for the folder or zip here: folder:{name})" if name and Path(name).exists() else ""
+        raise CompanionError(f"there is no data set {name!r}: choose one of {', '.join(names())}, folder:PATH{own}.")
     if split not in SPLITS:
         raise CompanionError(f"there is no split {split!r}: choose train or test.")
     build = _DATASETS[kind]

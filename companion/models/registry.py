@@ -1,5 +1,6 @@
 """Networks by name: `create` builds one and notes on it everything needed to build it again."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -63,6 +64,35 @@ _NETWORKS = {
 }
 
 
+@dataclass(frozen=True)
+class _Allowed:
+    wanted: str
+    test: Callable[[Any], bool]
+
+
+def _count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _sequence(value: Any, of: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list | tuple) and len(value) > 0 and all(map(of, value))
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+_ALLOWED = {
+    **dict.fromkeys(("classes", "hidden", "image_size", "width"), _Allowed("a whole number from 1", _count)),
+    "channels": _Allowed("whole numbers from 1", lambda value: _sequence(value, _count)),
+    "mean": _Allowed("three numbers", lambda value: _sequence(value, _finite) and len(value) == 3),
+    "std": _Allowed(
+        "three numbers above 0",
+        lambda value: _sequence(value, lambda x: _finite(x) and x > 0) and len(value) == 3,
+    ),
+}
+
+
 def names() -> list[str]:
     """The names that `create` knows."""
     return list(_NETWORKS)
@@ -92,7 +122,10 @@ def create(
         name: one of `names`.
         labels: class names in the order of the outputs; kept with the network and in its file.
         seed: draw the weights from this seed and leave torch's global generator alone; None draws from that.
-        configuration: the network's own arguments, for example ``width=8`` or ``classes=4``.
+        configuration: the network's own settings. All take ``classes`` (10; of ``resnet18`` and ``resnet50`` 1000),
+            ``mean`` and ``std`` (three numbers each, of CIFAR-10 or ImageNet). The residual networks take ``width``,
+            the channels of their first stage (16 for 14, 20 and 56 layers, else 64). The two CNNs take ``channels``
+            ((16, 32) and (32, 64, 128)), ``hidden`` (128 and 256) and ``image_size`` (32).
 
     Returns:
         The network, in training mode. `describe` tells what it is. Every image network takes float
@@ -106,6 +139,10 @@ def create(
         if key not in network.settings:
             raise CompanionError(f"{name} has no setting {key!r}: it takes {', '.join(network.settings)}.")
     full = network.settings | configuration
+    for key, value in configuration.items():
+        allowed = _ALLOWED[key]
+        if not allowed.test(value):
+            raise CompanionError(f"{name} takes {allowed.wanted} as {key}, not {value!r}.")
     # JSON, in which the configuration travels, has lists only: make both forms one.
     full = {key: tuple(value) if isinstance(value, list) else value for key, value in full.items()}
     try:

@@ -57,6 +57,8 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
         CompanionError: the file is missing, truncated, of another kind, or does not fit the network it names.
     """
     path = Path(path)
+    if path.is_dir():
+        raise CompanionError(f"{path} is a folder: name the weights file.")
     if not path.is_file():
         raise CompanionError(f"there is no weights file {path}.")
     try:

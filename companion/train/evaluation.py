@@ -88,6 +88,9 @@ def check_match(model: nn.Module, data: Any) -> None:
     """
     if len(data) == 0:
         raise CompanionError("the data set is empty.")
+    sample = data[0]
+    if not isinstance(sample, tuple | list) or len(sample) != 2:
+        raise CompanionError("each sample of a data set must be a pair: an input and its target.")
     try:
         info = describe(model)
     except CompanionError:
@@ -97,13 +100,13 @@ def check_match(model: nn.Module, data: Any) -> None:
     if task != info.task:
         raise CompanionError(f"{info.name} is for the task {info.task!r}, {name} is for {task!r}.")
     size = info.configuration.get("image_size")
-    if size is not None and (shape := tuple(data[0][0].shape[-2:])) != (size, size):
+    if size is not None and (shape := tuple(sample[0].shape[-2:])) != (size, size):
         raise CompanionError(f"{info.name} takes images of {size}×{size}, {name} has {shape[0]}×{shape[1]}.")
     if labels is None:
         return
     classes = info.configuration.get("classes", len(labels))
     if len(labels) != classes:
-        raise CompanionError(f"{info.name} has {classes} classes, {name} has {len(labels)}.")
+        raise CompanionError(f"{info.name} has {classes} classes, {name} has {len(labels)}: name the data it is for.")
     if info.labels is not None and tuple(labels) != info.labels:
         different = next((ours, theirs) for ours, theirs in zip(info.labels, labels, strict=True) if ours != theirs)
         raise CompanionError(
@@ -122,6 +125,8 @@ def _evaluation(
     progress: bool,
 ) -> Iterator[tuple[Precision, Iterator[Any]]]:
     """What `evaluate` and `predict` share: everything checked, the network in place, the batches of the data."""
+    if batch_size < 1:
+        raise CompanionError(f"batch_size is {batch_size}: give a whole number from 1.")
     policy = Precision.named(precision, pick_device(device))
     check_match(model, data)
     batches = Batches(data, batch_size, task_of(data).collate, seed=0, shuffle=False)

@@ -119,14 +119,14 @@ def fit(
         CompanionError: arguments out of range, data that does not fit the network, a sample that cannot be read, a
             checkpoint that exists without ``resume`` or belongs to another run, or a loss that is no longer finite.
     """
-    for name, value, good in (
-        ("epochs", epochs, epochs >= 1),
-        ("batch_size", batch_size, batch_size >= 1),
-        ("lr", lr, 0 < lr < math.inf),
-        ("num_workers", num_workers, num_workers >= 0),
+    for name, value, good, wanted in (
+        ("epochs", epochs, epochs >= 1, "a whole number from 1"),
+        ("batch_size", batch_size, batch_size >= 1, "a whole number from 1"),
+        ("lr", lr, 0 < lr < math.inf, "a number above 0"),
+        ("num_workers", num_workers, num_workers >= 0, "a whole number from 0"),
     ):
         if not good:
-            raise CompanionError(f"{name} is {value}, which is out of range.")
+            raise CompanionError(f"{name} is {value}: give {wanted}.")
     policy = Precision.named(precision, pick_device(device))
     task = task_of(train_data)
     check_match(model, train_data)

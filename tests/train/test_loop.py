@@ -86,7 +86,8 @@ class Recording(Dataset):
 def test_every_epoch_sees_each_training_sample_once_in_a_new_order_and_never_the_held_out_ones():
     data = Recording(40)
     fit(mlp(), data, epochs=2, batch_size=8, validation=0.25)
-    first, held_out, second, again = data.asked[:30], data.asked[30:40], data.asked[40:70], data.asked[70:]
+    asked = data.asked[1:]  # before them, one look at what a sample is
+    first, held_out, second, again = asked[:30], asked[30:40], asked[40:70], asked[70:]
     assert sorted(first) == sorted(second)
     assert first != second
     assert held_out == again
@@ -281,6 +282,13 @@ def test_pictures_of_another_size_are_refused():
     data = TensorDataset(torch.rand(4, 3, 48, 48), torch.zeros(4, dtype=torch.long))
     with pytest.raises(CompanionError, match="takes images of 32×32, the data set has 48×48"):
         train.evaluate(models.create("simple_cnn"), data)
+
+
+def test_samples_that_are_no_pairs_and_batches_of_nothing_are_refused():
+    with pytest.raises(CompanionError, match="must be a pair"):
+        fit(mlp(), [1, 2, 3])
+    with pytest.raises(CompanionError, match="batch_size is 0"):
+        train.evaluate(mlp(), blobs(), batch_size=0)
 
 
 def test_empty_and_tiny_data_are_refused():
