@@ -3,6 +3,7 @@
 Each command imports what it needs when it runs, so that ``--help`` answers at once.
 """
 
+import io
 import json as json_module
 import sys
 from collections.abc import Iterable, Sequence
@@ -23,25 +24,48 @@ data_app = typer.Typer(help="List, download and check the data.", **_OPTIONS)
 app.add_typer(data_app, name="data")
 
 Data = Annotated[str, typer.Option(help="A name of `companion data list`, or folder:PATH for images of your own.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; all cores if not given.")]
+Threads = Annotated[int | None, typer.Option(min=1, max=1024, help="CPU threads; all cores if not given.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; a CUDA GPU if there is one.")]
-Workers = Annotated[int, typer.Option(min=0, help="Processes that read samples ahead.")]
+Workers = Annotated[int, typer.Option(min=0, max=64, help="Processes that read samples ahead.")]
 Precision = Annotated[str, typer.Option(help="fp32, bf16, or fp16 (GPU only).")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+
+
+INTERRUPTED = 130  # as shells report Ctrl-C
+
+
+class _Interrupted(Exception):
+    """Ctrl-C, with what to do next."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line: exit code 0, or one sentence on stderr and 1 (unusable input) or 2 (wrong usage)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a class called 猫 on a terminal that knows ASCII
     try:
-        sys.exit(app(args=arguments or ["--help"], prog_name="companion", standalone_mode=False) or 0)
+        code = app(args=arguments or ["--help"], prog_name="companion", standalone_mode=False)
+        if code != INTERRUPTED:
+            if sys.stdout is not None:
+                sys.stdout.flush()  # a full disk shows here, not when Python ends
+            sys.exit(code or 0)
+        message = "interrupted."
+    except _Interrupted as error:
+        message, code = str(error), INTERRUPTED
+    except typer.Abort:
+        message, code = "the input ended.", 1
     except CompanionError as error:
         message, code = str(error), 1
+    except OSError as error:
+        message, code = f"{error.filename or 'output'}: {error.strerror or error}.", 1
+        sys.stdout = None  # or Python would complain once more about what it still holds
     except typer.TyperException as error:
         context = getattr(error, "ctx", None)
         hint = f"; see `{context.command_path} --help`." if context else "."
         message, code = error.format_message().rstrip(".?") + hint, error.exit_code
-    print(f"companion: {message}", file=sys.stderr)
+    # A file name may hold line breaks or what a terminal takes for a command.
+    print("companion:", "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message), file=sys.stderr)
     sys.exit(code)
 
 
@@ -76,7 +100,9 @@ def train(
     batch_size: Annotated[int, typer.Option(min=1, help="Images a step.")] = 32,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
     precision: Precision = "fp32",
-    seed: Annotated[int, typer.Option(min=0, help="Of the initial weights and of every random draw.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**63 - 1, help="Of the initial weights and of every random draw.")
+    ] = 0,
     threads: Threads = None,
     device: Device = None,
     workers: Workers = 0,
@@ -97,11 +123,17 @@ def train(
     _set_threads(threads)
     train_data, test_data = (datasets.load(data, split=split, **options) for split in ("train", "test"))
     network = models.create(model, labels=train_data.labels, classes=len(train_data.labels), seed=seed)
-    out = out or Path(f"{model}-{Path(data.removeprefix('folder:')).stem}.safetensors")
+    own = Path(data.removeprefix("folder:")).resolve().name.removesuffix(".zip")
+    out = out or Path(f"{model}-{own if data.startswith('folder:') else data}.safetensors")
     files.check_writable(out)
     checkpoint = out.with_name(out.name + ".checkpoint")
     if resume and not checkpoint.exists():
+        if out.exists():
+            print(f"{out} is finished: there is nothing to resume")
+            return
         print(f"there is no unfinished run in {checkpoint}: starting from the beginning")
+    elif out.exists():
+        print(f"{out} exists: it will be replaced when this run is done")
     print(f"{model} ({metrics.count_parameters(network):,} parameters) on {data} ({len(train_data):,} images)")
     try:
         history = training.fit(
@@ -120,8 +152,7 @@ def train(
         )
     except KeyboardInterrupt:
         hint = "the same command with --resume goes on" if checkpoint.exists() else "nothing was kept yet"
-        print(f"\ncompanion: interrupted; {hint}.", file=sys.stderr)
-        raise typer.Exit(130) from None
+        raise _Interrupted(f"interrupted; {hint}.") from None
     models.save(network, out)
     checkpoint.unlink(missing_ok=True)
     print(f"weights of epoch {history.best_epoch} (best on the validation split) in {out}")
@@ -152,7 +183,8 @@ def evaluate(
     scores = training.evaluate(network, samples, precision=precision, device=device, num_workers=workers)
     if json:
         found = {"model": name, "data": data, "split": split, "samples": scores.samples, "loss": scores.loss}
-        print(json_module.dumps(found | scores.metrics))
+        finite = {key: None if value != value else value for key, value in (found | scores.metrics).items()}
+        print(json_module.dumps(finite, allow_nan=False))
     else:
         print(f"{name} on {data} ({split})  {_figures(scores)}")
 

@@ -1,7 +1,9 @@
 """Files that are either whole or absent: write to a temporary name, then rename."""
 
+import glob
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,27 +16,24 @@ from companion.errors import CompanionError
 def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     """Open a binary file that becomes ``path`` only when the block ends well.
 
-    Until then the bytes are in ``.NAME.part`` beside it (so the rename stays on one file system), which
-    an error removes and a killed process leaves for the next try to overwrite. The old ``path``
-    survives every failure.
+    Until then the bytes are in a hidden file beside it (so the rename stays on one file system), which an error
+    removes, and which the next writer removes if the process was killed. The old ``path`` survives every
+    failure; a link is followed and stays.
 
     Raises:
         CompanionError: the file cannot be written (read-only or missing folder, full disk, …).
     """
-    path = Path(path)
-    part = path.with_name(f".{path.name}.part")
-    try:
+    with _writable(path) as target:
+        part = partial(target)
         try:
             with part.open("wb") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())  # a rename must not reach the disk before the bytes do
-            part.replace(path)
+            part.replace(target)
         except BaseException:
             part.unlink(missing_ok=True)
             raise
-    except OSError as error:
-        raise CompanionError(f"cannot write {path}: {error.strerror or error}.") from error
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
@@ -43,13 +42,43 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     Raises:
         CompanionError: as `replacing` would.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise CompanionError(f"cannot write {path}: it is a folder; name a file in it.")
-    probe = path.with_name(f".{path.name}.part")
-    try:
+    with _writable(path) as target:
+        probe = partial(target)
         probe.touch()
         probe.unlink()
+
+
+def partial(path: Path) -> Path:
+    """A name beside ``path`` for this process to work under; what killed processes left under theirs is removed."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        process = leftover.name.split(".")[-2]
+        if process.isdigit() and not _alive(int(process)):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+    return path.with_name(f".{path.name}.{os.getpid()}.part")
+
+
+def _alive(process: int) -> bool:
+    if os.name == "nt":  # where signal 0 would end it
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+@contextmanager
+def _writable(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """The file that ``path`` leads to; a failure to write it is one sentence."""
+    try:
+        target = Path(path).resolve()
+        if target.is_dir():
+            raise CompanionError(f"cannot write {path}: it is a folder; name a file in it.")
+        if target.exists() and not target.is_file():
+            raise CompanionError(f"cannot write {path}: it is not an ordinary file.")
+        yield target
     except OSError as error:
         raise CompanionError(f"cannot write {path}: {error.strerror or error}.") from error
 

@@ -12,6 +12,6 @@ def progress_bar(*, show: bool = True, **options: Any) -> tqdm:
 
     Plain ``tqdm.tqdm``, never ``tqdm.auto``: that one wants ipywidgets, whose output loads scripts from other hosts.
     """
-    watched = sys.stderr.isatty() or "ipykernel" in sys.modules
+    watched = (sys.stderr is not None and sys.stderr.isatty()) or "ipykernel" in sys.modules
     silenced = os.environ.get("TQDM_DISABLE", "") not in ("", "0")
     return tqdm(disable=not (show and watched) or silenced, dynamic_ncols=True, leave=False, **options)

@@ -33,6 +33,8 @@ class ArrayImages(Dataset[tuple[Tensor, int]]):
         self.labels = labels
         self.scans = scans
         """For digits: the numbers of the scans that each image was made from [N, 1 or 2]."""
+        self.groups = None if scans is None else scans[:, 0]
+        """Images [N] of one group were made from the same scan, so training and validation must not share them."""
         self.augmentation = augmentation
 
     def __len__(self) -> int:

@@ -22,12 +22,13 @@ def find(root: str | os.PathLike[str] | None = None) -> Path | None:
     ``root`` is one of these itself or a folder that holds it; without it `data_folder` is searched.
     """
     if root is not None:
-        place = Path(root).expanduser()
+        place = Path(os.path.expanduser(root))
         if place.is_file() or (place / "train").is_dir() or place.name == BATCHES:
             return place
     else:
         place = data_folder()
-    return next((path for name in ("cifar10.zip", "cifar10", BATCHES) if (path := place / name).exists()), None)
+    zipped, *folders = (place / name for name in ("cifar10.zip", "cifar10", BATCHES))
+    return zipped if zipped.is_file() else next((path for path in folders if path.is_dir()), None)
 
 
 def trouble(path: Path) -> str | None:

@@ -15,7 +15,7 @@ import companion
 from companion.datasets import cifar10
 from companion.datasets.store import archive_name, data_folder, manifest
 from companion.errors import CompanionError
-from companion.files import sha256
+from companion.files import partial, sha256
 from companion.progress import progress_bar
 
 BLOCK = 64 * 1024  # bytes read at a time
@@ -57,30 +57,34 @@ def get(name: str, *, url: str | None = None, timeout: float = 30.0, progress: b
     folder = data_folder()
     archive = folder / archive_name(wanted)
     target = folder / cifar10.BATCHES
-    with _working_folder(folder / f".{name}.part") as work:
-        if not archive.exists():
-            archive = work / archive.name
-            with archive.open("wb") as file:
+    with _working_folder(target) as work:
+        if archive.is_file():
+            if sha256(archive) != wanted["sha256"]:
+                raise CompanionError(f"{archive} has the wrong checksum: remove it.")
+            with archive.open("rb") as file:
+                _unpack(file, cifar10.BATCHES, work / target.name)
+        else:
+            with (work / archive.name).open("w+b") as file:
                 _download(url or wanted["url"], file, wanted, timeout, progress)
-        elif sha256(archive) != wanted["sha256"]:
-            raise CompanionError(f"{archive} has the wrong checksum: remove it.")
-        _unpack(archive, cifar10.BATCHES, work / target.name)
+                file.seek(0)  # the bytes that were checked, whatever their name stands for by now
+                _unpack(file, cifar10.BATCHES, work / target.name)
         shutil.rmtree(target, ignore_errors=True)  # a damaged one
         (work / target.name).rename(target)
     return target
 
 
 @contextmanager
-def _working_folder(path: Path) -> Iterator[Path]:
-    """A folder that is gone at the end, whatever happened; a killed process leaves it for the next one to replace."""
+def _working_folder(target: Path) -> Iterator[Path]:
+    """A folder beside ``target``, of this process alone, that is gone at the end, whatever happened."""
+    work = partial(target)
     try:
-        shutil.rmtree(path, ignore_errors=True)
-        path.mkdir(parents=True)
-        yield path
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        yield work
     except OSError as error:
-        raise CompanionError(f"cannot write into {path.parent}: {error.strerror or error}.") from error
+        raise CompanionError(f"cannot write into {target.parent}: {error.strerror or error}.") from error
     finally:
-        shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def _download(url: str, file: IO[bytes], wanted: dict[str, Any], timeout: float, progress: bool) -> None:
@@ -143,10 +147,10 @@ def _read(url: str, response: HTTPResponse, timeout: float, place: str) -> bytes
         raise CompanionError(f"{url} broke off {place}: try again.") from error
 
 
-def _unpack(archive: Path, folder: str, target: Path) -> None:
+def _unpack(archive: IO[bytes], folder: str, target: Path) -> None:
     """Copy the plain files that lie in one folder of the archive; whatever else a tar can hold stays in it."""
     target.mkdir()
-    with tarfile.open(archive) as tar:
+    with tarfile.open(fileobj=archive) as tar:
         for member in tar:
             path = PurePosixPath(member.name)
             content = tar.extractfile(member) if member.isfile() and str(path.parent) == folder else None

@@ -16,7 +16,8 @@ from companion.errors import CompanionError
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"}
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP")
-TEST_FOLDERS = ("test", "val", "valid", "validation")
+TRAIN_FOLDERS = ("train", "training")
+TEST_FOLDERS = ("test", "testing", "val", "valid", "validation", "eval", "dev")
 TEST_SHARE = 0.2  # of each class, where the folders do not say what is for testing
 LARGEST_FILE = 64 * 2**20  # bytes, about twice a JPEG of 100 megapixels
 
@@ -158,16 +159,23 @@ Classes = dict[str, list[str]]  # the files of each class
 
 def _splits(path: Path, files: list[str]) -> dict[str, Classes]:
     parts = {file: file.split("/") for file in files}
-    # One folder around everything, as zips often have, is no class: there are folders below it.
-    if len({p[0] for p in parts.values()}) == 1 and any(len(p) > 2 for p in parts.values()):
-        parts = {file: p[1:] for file, p in parts.items()}
-    folders = {p[0].lower(): p[0] for p in parts.values() if len(p) > 1}
-    test = next((folder for folder in TEST_FOLDERS if folder in folders), None)
-    if "train" in folders and test:
+    while True:
+        folders = {p[0].lower(): p[0] for p in parts.values() if len(p) > 1}
+        # One folder around everything, as zips often have, is no class: there are folders below it.
+        if len(folders) != 1 or max(map(len, parts.values())) < 3:
+            break
+        parts = {file: p[1:] for file, p in parts.items() if len(p) > 1}
+    train, test = (
+        next((folders[name] for name in names if name in folders), None) for names in (TRAIN_FOLDERS, TEST_FOLDERS)
+    )
+    if train and test:
         return {
-            split: _classes({file: p[1:] for file, p in parts.items() if p[0] == folders[folder]})
-            for split, folder in (("train", "train"), ("test", test))
+            split: _classes({file: p[1:] for file, p in parts.items() if p[0] == folder})
+            for split, folder in (("train", train), ("test", test))
         }
+    if train or test:
+        missing = "test" if train else "train"
+        raise CompanionError(f"{path} has a folder {train or test!r} but no {missing!r}: add it, or rename it.")
     return _divide(path, _classes(parts))
 
 
@@ -216,4 +224,4 @@ def folder(split: str, path: str, size: int = 32) -> Pictures:
     """
     if not isinstance(size, int) or isinstance(size, bool) or not 8 <= size <= 1024:
         raise CompanionError(f"images can be resized to 8 to 1024 pixels, not {size!r}.")
-    return open_pictures(f"folder:{path}", Path(path).expanduser(), split, size)
+    return open_pictures(f"folder:{path}", Path(os.path.expanduser(path)), split, size)

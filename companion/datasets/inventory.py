@@ -65,7 +65,7 @@ def verify() -> list[Check]:
     ]
     for wanted in table["downloads"].values():
         archive = data_folder() / archive_name(wanted)
-        if archive.exists():
+        if archive.is_file():
             ok = sha256(archive) == wanted["sha256"]
             checks.append(Check(str(archive), ok, RIGHT if ok else "has the wrong checksum: remove it"))
     if (path := cifar10.find()) is not None:

@@ -17,14 +17,14 @@ def data_folder() -> Path:
     The folder need not exist: it is made when something is first written into it.
     """
     if chosen := os.environ.get("COMPANION_DATA"):
-        return Path(chosen).expanduser()
+        return Path(os.path.expanduser(chosen))
     if sys.platform == "win32":
         cache = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
     elif sys.platform == "darwin":
         cache = "~/Library/Caches"
     else:
         cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(cache).expanduser() / "companion"
+    return Path(os.path.expanduser(cache)) / "companion"
 
 
 def shipped(name: str) -> Path:

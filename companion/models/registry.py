@@ -150,8 +150,9 @@ def create(
             if seed is not None:
                 torch.manual_seed(seed)
             model = network.build(**full)
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise CompanionError(f"{name} cannot be built from {configuration}: {error}.") from error
+    except (TypeError, ValueError, RuntimeError, OverflowError, MemoryError) as error:
+        reason = str(error).partition("\n")[0] or "too large"
+        raise CompanionError(f"{name} cannot be built from {configuration}: {reason}.") from error
     return attach(model, ModelInfo(name, full, network.task, tuple(labels) if labels is not None else None))
 
 

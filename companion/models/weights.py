@@ -100,12 +100,12 @@ def _read_info(path: Path, metadata: dict[str, str]) -> ModelInfo:
 
 
 def _check_fit(path: Path, name: str, wanted: dict[str, Tensor], found: dict[str, Tensor]) -> None:
-    """Every tensor of the network must be in the file, with its shape and kind of number, and nothing else."""
+    """Every tensor of the network must be in the file, with its shape and number format, and nothing else."""
     for key, tensor in wanted.items():
         if key not in found:
             raise CompanionError(f"{path} does not fit {name}: it lacks the tensor {key}.")
         other = found[key]
-        if other.shape != tensor.shape or other.is_floating_point() != tensor.is_floating_point():
+        if other.shape != tensor.shape or other.dtype != tensor.dtype:
             raise CompanionError(
                 f"{path} does not fit {name}: {key} is {other.dtype} {list(other.shape)}, "
                 f"the network needs {tensor.dtype} {list(tensor.shape)}."

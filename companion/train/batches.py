@@ -6,6 +6,7 @@ weights with any number of loader workers, forked or spawned.
 """
 
 import random
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -48,6 +49,10 @@ def permutation(n: int, seed: int) -> list[int]:
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
+def _leave_interrupts_to_the_parent(_worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; each worker would complain at length
+
+
 class Batches(Dataset):
     """Item k is batch k of a run: of epoch k // steps, in that epoch's order or, not shuffled, in the data's own."""
 
@@ -80,7 +85,12 @@ class Batches(Dataset):
             CompanionError: a sample cannot be read.
         """
         loader: DataLoader = DataLoader(
-            self, batch_size=None, sampler=steps, num_workers=num_workers, pin_memory=pin_memory
+            self,
+            batch_size=None,
+            sampler=steps,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            worker_init_fn=_leave_interrupts_to_the_parent,
         )
         for batch in loader:
             if isinstance(batch, CompanionError):

@@ -27,6 +27,11 @@ def save(path: str | os.PathLike[str], state: dict[str, Any], settings: dict[str
         file.write(buffer.getbuffer())
 
 
+def damaged(path: str | os.PathLike[str]) -> CompanionError:
+    """The refusal of a file that is no checkpoint, or whose contents do not fit together."""
+    return CompanionError(f"{path} is not a checkpoint or is damaged: delete it to start again.")
+
+
 def load(path: str | os.PathLike[str], settings: dict[str, Any]) -> dict[str, Any]:
     """Read back the state of the run that has these settings. Only tensors and plain values are unpickled.
 
@@ -39,9 +44,10 @@ def load(path: str | os.PathLike[str], settings: dict[str, Any]) -> dict[str, An
             content = torch.load(path, map_location="cpu", weights_only=True)
         if content["format"] != FORMAT:
             raise KeyError("format")
-        found, state = content["settings"], content["state"]
+        found, state = dict(content["settings"]), dict(content["state"])
     except (
         OSError,
+        IndexError,
         RuntimeError,
         EOFError,
         KeyError,
@@ -49,7 +55,7 @@ def load(path: str | os.PathLike[str], settings: dict[str, Any]) -> dict[str, An
         ValueError,
         pickle.UnpicklingError,
     ) as error:
-        raise CompanionError(f"{path} is not a checkpoint or is damaged: delete it to start again.") from error
+        raise damaged(path) from error
     for key in settings:
         if found.get(key) != settings[key]:
             raise CompanionError(

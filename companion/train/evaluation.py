@@ -161,6 +161,7 @@ def score(model: nn.Module, stream: Iterator[Any], task: Task, policy: Precision
     meter, loss_sum, samples = task.meter(), 0.0, 0
     for outputs, targets in _forward(model, stream, policy):
         meter.update(outputs, targets)
-        loss_sum += task.loss(model, outputs, targets).item() * len(targets)
+        with policy.autocast():  # which computes losses in float32, even of 16-bit outputs
+            loss_sum += task.loss(model, outputs, targets).item() * len(targets)
         samples += len(targets)
     return Scores(samples, loss_sum / samples, meter.compute())

@@ -1,9 +1,10 @@
 """The training loop: one for every task, every network and every precision."""
 
+import hashlib
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -122,7 +123,7 @@ def fit(
     for name, value, good, wanted in (
         ("epochs", epochs, epochs >= 1, "a whole number from 1"),
         ("batch_size", batch_size, batch_size >= 1, "a whole number from 1"),
-        ("lr", lr, 0 < lr < math.inf, "a number above 0"),
+        ("lr", lr, 0 < lr <= 1000, "a number above 0, at most 1000"),
         ("num_workers", num_workers, num_workers >= 0, "a whole number from 0"),
     ):
         if not good:
@@ -135,7 +136,7 @@ def fit(
     training, held_out = _hold_out(train_data, validation, seed)
     settings = {
         **_identity(model),
-        "data": attribute(train_data, "name", type(train_data).__name__),
+        "data": _describe_data(train_data) if checkpoint is not None else None,
         "samples": len(training),
         "validation": 0 if held_out is None else len(held_out),
         "epochs": epochs,
@@ -162,9 +163,12 @@ def fit(
                         f"{checkpoint} holds an unfinished run: resume it, or delete it to start again."
                     )
                 state = checkpoints.load(checkpoint, settings)
-                run = _Run(**state["run"])
-                for name, part in parts.items():
-                    part.load_state_dict(state[name])
+                try:
+                    run = _Run(**state["run"])
+                    for name, part in parts.items():
+                        part.load_state_dict(state[name])
+                except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+                    raise checkpoints.damaged(checkpoint) from error
 
         # One stream of batches for the whole run, and one for all its validations: workers start once and read ahead.
         stream = batches.iterate(range(run.step, total), num_workers=num_workers, pin_memory=policy.pin_memory)
@@ -192,29 +196,33 @@ def fit(
                 run.step += 1
                 bar.update()
 
-                if run.step % batches.steps == 0:
-                    train_loss = loss_sum.item() / len(training)
-                    if not math.isfinite(train_loss):
-                        raise CompanionError(
-                            f"the loss is no longer finite in epoch {len(run.epochs) + 1}: "
-                            f"train with a lower learning rate than {lr}."
-                        )
+                ends_epoch = run.step % batches.steps == 0
+                saves = checkpoint is not None and (
+                    run.step == total or time.monotonic() - last_saved >= checkpoint_seconds
+                )
+                if (ends_epoch or saves) and not (loss_sum.isfinite() and _finite(model)):
+                    raise CompanionError(
+                        f"the loss or a weight is no longer finite in epoch {len(run.epochs) + 1}: "
+                        f"train with a lower learning rate than {lr:g}."
+                    )
+                if ends_epoch:
                     validated = None
                     if held_out is not None:
                         validated = score(model, islice(validations, held_out_batches.steps), task, policy)
                         model.train()
                         bar.set_postfix(validation=f"{validated.main:.3f}")
-                    epoch = run.end_epoch(model, optimizer, train_loss, validated, time.monotonic() - epoch_started)
+                    epoch = run.end_epoch(
+                        model, optimizer, loss_sum.item() / len(training), validated, time.monotonic() - epoch_started
+                    )
                     if on_epoch is not None:
                         with bar.external_write_mode():
                             on_epoch(epoch)
                     loss_sum.zero_()
                     epoch_started = time.monotonic()
-                if checkpoint is not None and (
-                    run.step == total or time.monotonic() - last_saved >= checkpoint_seconds
-                ):
+                if saves:
                     run.loss_sum = loss_sum.item()
                     states = {name: part.state_dict() for name, part in parts.items()}
+                    assert checkpoint is not None
                     checkpoints.save(checkpoint, {"run": vars(run), **states}, settings)
                     last_saved = time.monotonic()
         assert run.best is not None  # epochs >= 1
@@ -285,7 +293,8 @@ def _identity(model: nn.Module) -> dict[str, Any]:
     try:
         info = describe(model)
     except CompanionError:
-        return {"model": type(model).__name__}
+        shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+        return {"model": type(model).__name__, "shapes": shapes}
     return {"model": info.name, "configuration": info.configuration}
 
 
@@ -297,8 +306,40 @@ def _hold_out(data: Any, validation: Any, seed: int) -> tuple[Any, Any]:
         raise CompanionError(f"validation is {validation}: give a share from 0 to below 1, or a data set.")
     if validation == 0:
         return data, None
-    count = max(1, round(validation * len(data)))
-    if count >= len(data):
+    members: dict[int, list[int]] = {}
+    for i, group in enumerate(_groups(data)):
+        members.setdefault(group, []).append(i)
+    groups = list(members.values())
+    wanted = max(1, round(validation * len(data)))
+    held_out: list[int] = []
+    for k in permutation(len(groups), derive_seed(seed, HOLDOUT)):
+        if len(held_out) < wanted:
+            held_out += groups[k]
+    if len(held_out) == len(data):
         raise CompanionError(f"{len(data)} samples are too few to hold out {validation:.0%} for validation.")
-    order = permutation(len(data), derive_seed(seed, HOLDOUT))
-    return Subset(data, sorted(order[count:])), Subset(data, sorted(order[:count]))
+    kept = sorted(set(range(len(data))) - set(held_out))
+    return Subset(data, kept), Subset(data, sorted(held_out))
+
+
+def _groups(data: Any) -> Iterable[int]:
+    """For each sample a number that those share which come from one source; each its own if the data set has none."""
+    if isinstance(data, Subset):
+        whole = list(_groups(data.dataset))
+        return [whole[i] for i in data.indices]
+    groups = getattr(data, "groups", None)
+    return range(len(data)) if groups is None else map(int, groups)
+
+
+def _describe_data(data: Any) -> str:
+    """Name, classes and a digest of eight samples: enough to tell other data of the same size apart."""
+    digest = hashlib.sha256(repr(attribute(data, "labels")).encode())
+    with own_randomness():
+        for i in range(0, len(data), -(-len(data) // 8)):
+            seed_everything(0)  # for samples with random transforms
+            for part in data[i]:
+                digest.update(part.numpy().tobytes() if isinstance(part, Tensor) else repr(part).encode())
+    return f"{attribute(data, 'name', type(data).__name__)} {digest.hexdigest()[:16]}"
+
+
+def _finite(model: nn.Module) -> bool:
+    return all(bool(parameter.isfinite().all()) for parameter in model.parameters())

@@ -125,6 +125,14 @@ def test_no_arguments_and_help(capsys):
         (["train", "simple_cnn", "--out", "nowhere/x.safetensors"], "cannot write nowhere/x.safetensors"),
         (["train", "simple_cnn", "--out", "."], "it is a folder"),
         (["evaluate", "nothing.safetensors"], "there is no weights file nothing.safetensors"),
+        (["train", "simple_cnn", "--seed", str(2**64)], "less than or equal to"),
+        (["train", "simple_cnn", "--data", "folder:~nobody_at_all/x"], "there is no folder or zip"),
+        (["train", "simple_cnn", "--data", "folder:" + "n" * 300], "File name too long"),
+        (["train", "simple_cnn", "--out", "n" * 300], "cannot write"),
+        (["evaluate", "n" * 300], "File name too long"),
+        (["data", "get", "cifar10", "--timeout", "0"], "timeout is 0"),
+        (["data", "get", "cifar10", "--timeout", "inf"], "timeout is inf"),
+        (["trian"], "Did you mean 'train'; see"),
         (["data"], "Missing command"),
         (["data", "get", "mnist"], "mnist"),
     ],
@@ -281,6 +289,62 @@ def test_data_list_and_verify(capsys, monkeypatch, tmp_path):
     assert code == 1
     assert "WRONG" in out
     assert err == "companion: some data are not what they should be; see the lines marked WRONG.\n"
+
+
+def test_resume_after_the_end_trains_nothing(trained, capsys):
+    before = trained[0].read_bytes()
+    code, out, _ = call(capsys, "train", "simple_cnn", "--out", trained[0], "--resume")
+    assert code == 0
+    assert out == f"{trained[0]} is finished: there is nothing to resume\n"
+    assert trained[0].read_bytes() == before
+
+
+def test_training_says_that_it_replaces_a_file(capsys, tmp_path, pictures):
+    out = tmp_path / "x.safetensors"
+    arguments = ["train", "cifar_resnet14", "--data", f"folder:{pictures}", "--epochs", "1", "--out", out]
+    assert "will be replaced" not in call(capsys, *arguments)[1]
+    assert f"{out} exists: it will be replaced" in call(capsys, *arguments)[1]
+
+
+def test_names_that_would_command_the_terminal_are_shown_not_obeyed(capsys, tmp_path):
+    (tmp_path / "a\n\x1b[31mred").mkdir()
+    code, _, err = call(capsys, "train", "simple_cnn", "--data", f"folder:{tmp_path}/a\n\x1b[31mred")
+    assert code == 1
+    assert err.count("\n") == 1
+    assert "\x1b" not in err
+    assert "\\x1b[31mred" in err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_output_that_cannot_be_written():
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "companion", "--help"], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 1
+    assert done.stderr == "companion: output: No space left on device.\n"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="closes a stream the POSIX way")
+def test_training_without_a_stderr(tmp_path):
+    command = f"exec {sys.executable} -m companion train simple_cnn --epochs 1 --threads 1 2>&-"
+    done = subprocess.run(command, shell=True, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
+    assert done.returncode == 0
+    assert (tmp_path / "simple_cnn-digits.safetensors").exists()
+
+
+def test_class_names_that_the_terminal_cannot_print(tmp_path):
+    from PIL import Image
+
+    for label in ("猫", "狗"):
+        (tmp_path / "图" / label).mkdir(parents=True)
+        for i in range(5):
+            Image.new("RGB", (32, 32)).save(tmp_path / "图" / label / f"{i}.png")
+    arguments = ("train", "cifar_resnet14", "--data", "folder:图", "--epochs", "1", "--out", "x.safetensors")
+    done = companion(*arguments, cwd=tmp_path, PYTHONIOENCODING="ascii")
+    assert done.returncode == 0, done.stderr
+    assert "folder:\\u56fe" in done.stdout
+    assert models.describe(models.load(tmp_path / "x.safetensors")).labels == ("狗", "猫")
 
 
 def mount_tmpfs(folder: Path, options: str):

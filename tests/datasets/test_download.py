@@ -172,9 +172,15 @@ def test_replaces_a_damaged_copy(server, data_folder, tiny_cifar10):
 
 
 def test_what_a_killed_process_left_is_swept_away(server, data_folder, tiny_cifar10):
-    (data_folder / ".cifar10.part" / "cifar-10-batches-py").mkdir(parents=True)
-    (data_folder / ".cifar10.part" / "right").write_bytes(b"half")
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left, living = (data_folder / f".cifar-10-batches-py.{process}.part" for process in (dead.pid, os.getppid()))
+    for folder in (left, living):
+        (folder / "cifar-10-batches-py").mkdir(parents=True)
+        (folder / "right").write_bytes(b"half")
     datasets.get("cifar10")
+    assert (living / "right").read_bytes() == b"half"  # another process is downloading
+    shutil.rmtree(living)
     assert_whole(data_folder, tiny_cifar10)
 
 

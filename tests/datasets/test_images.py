@@ -389,3 +389,35 @@ def test_names_an_unreadable_folder(tmp_path):
     (tmp_path / "train/cat").chmod(0)
     refused(tmp_path, "cannot read .*train/cat")
     (tmp_path / "train/cat").chmod(0o700)
+
+
+@pytest.mark.parametrize(("train", "test"), [("Training", "Testing"), ("train", "dev"), ("training", "valid")])
+def test_split_folders_go_by_many_names(tmp_path, train, test):
+    for folder, count in ((train, 3), (test, 2)):
+        for label in ("cat", "dog"):
+            (tmp_path / folder / label).mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (8, 8)).save(tmp_path / folder / label / f"{i}.png")
+    for split, count in (("train", 6), ("test", 4)):
+        data = datasets.load(f"folder:{tmp_path}", split=split)
+        assert data.labels == ("cat", "dog")
+        assert len(data) == count
+
+
+def test_several_folders_around_and_stray_pictures_beside(tmp_path):
+    for split in ("train", "test"):
+        for label in ("cat", "dog"):
+            (tmp_path / "a" / "b" / split / label).mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(tmp_path / "a" / "b" / split / label / "0.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "a" / "logo.png")
+    assert datasets.load(f"folder:{tmp_path}", split="test").labels == ("cat", "dog")
+
+
+@pytest.mark.parametrize("lonely", ["train", "Test"])
+def test_a_split_without_its_partner_is_no_class(tmp_path, lonely):
+    for folder in (lonely, "other"):
+        (tmp_path / folder / "cat").mkdir(parents=True)
+        for i in range(2):
+            Image.new("RGB", (8, 8)).save(tmp_path / folder / "cat" / f"{i}.png")
+    with pytest.raises(CompanionError, match=f"has a folder '{lonely}' but no"):
+        datasets.load(f"folder:{tmp_path}", split="train")

@@ -60,6 +60,16 @@ def test_a_run_stopped_at_any_step_ends_as_if_it_had_not(data, tmp_path):
         assert [e.validation_loss for e in resumed.epochs] == [e.validation_loss for e in history.epochs]
 
 
+def test_a_run_in_bf16_resumes_to_the_same_weights_too(data, tmp_path):
+    torch.set_num_threads(1)
+    whole, again = network(), network()
+    run(whole, data, tmp_path / "whole", precision="bf16")
+    with pytest.raises(Stop):
+        run(network(7), data, tmp_path / "run", precision="bf16")
+    run(again, data, tmp_path / "run", precision="bf16", resume=True)
+    assert same(whole, again)
+
+
 def test_a_finished_run_resumes_to_itself_without_training(data, tmp_path):
     first, second = network(), network(at=0)
     run(first, data, tmp_path / "run")
@@ -99,6 +109,40 @@ def test_another_network_is_not_mixed_in(data, tmp_path):
     run(models.create("cifar_resnet14", width=4), data, tmp_path / "run")
     with pytest.raises(CompanionError, match="its configuration is"):
         run(models.create("cifar_resnet14", width=8), data, tmp_path / "run", resume=True)
+
+
+def test_other_data_of_the_same_size_are_not_mixed_in(tmp_path):
+    def points(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return torch.utils.data.TensorDataset(torch.randn(32, 3, generator=generator), torch.arange(32) % 3)
+
+    run(nn.Linear(3, 3), points(0), tmp_path / "run", augment=None)
+    with pytest.raises(CompanionError, match="its data is"):
+        run(nn.Linear(3, 3), points(1), tmp_path / "run", augment=None, resume=True)
+    with pytest.raises(CompanionError, match="its shapes is"):
+        run(nn.Linear(3, 4), points(0), tmp_path / "run", augment=None, resume=True)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: torch.zeros(3),
+        lambda content: content | {"settings": None},
+        lambda content: content | {"settings": [1]},
+        lambda content: content | {"state": None},
+        lambda content: content | {"state": {}},
+        lambda content: content | {"state": content["state"] | {"run": {"steps": 1}}},
+        lambda content: content | {"state": content["state"] | {"optimizer": {}}},
+        lambda content: content | {"state": content["state"] | {"model": {}}},
+    ],
+)
+def test_a_forged_checkpoint_is_one_sentence(data, tmp_path, change):
+    path = tmp_path / "run"
+    run(network(), data, path)
+    torch.save(change(torch.load(path, weights_only=True)), path)
+    with pytest.raises(CompanionError, match=r"not a checkpoint or is damaged|is of another run") as caught:
+        run(network(), data, path, resume=True)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("damage", ["empty", "truncated", "text", "foreign"])

@@ -10,6 +10,7 @@ from torch.utils.data import Dataset, TensorDataset
 from companion import CompanionError, datasets, models, train
 from companion.train.batches import Batches
 from companion.train.loop import WARM_UP, schedule
+from companion.train.tasks import TASKS
 
 
 def blobs(n=64, classes=3, seed=0):
@@ -234,7 +235,8 @@ def test_each_epoch_is_reported_as_it_ends():
     [
         ({"epochs": 0}, "epochs is 0"),
         ({"batch_size": 0}, "batch_size is 0"),
-        ({"lr": 0.0}, "lr is 0.0"),
+        ({"lr": 0.0}, "lr is 0.0: give a number above 0"),
+        ({"lr": 1e30}, r"lr is 1e\+30"),
         ({"lr": math.nan}, "lr is nan"),
         ({"lr": math.inf}, "lr is inf"),
         ({"num_workers": -1}, "num_workers is -1"),
@@ -260,10 +262,14 @@ def test_a_loss_that_explodes_stops_the_run():
         fit(mlp(), TensorDataset(torch.full((16, 3), math.inf), torch.zeros(16, dtype=torch.long)))
 
 
+def test_weights_that_explode_in_the_last_step_are_noticed_though_its_loss_was_finite():
+    with pytest.raises(CompanionError, match="weight is no longer finite in epoch 1"):
+        fit(mlp(), blobs(16), epochs=1, batch_size=16, lr=1.0, weight_decay=1e39)
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"task": "segment"}, "is for the task 'classify'"),
         ({"labels": tuple("abc")}, "has 10 classes, digits has 3"),
         ({"labels": tuple("abcdefghij")}, "'0' is not 'a'"),
     ],
@@ -274,8 +280,19 @@ def test_data_that_do_not_fit_the_network_are_refused(change, says):
     for key, value in change.items():
         setattr(data, key, value)
     for job in (lambda: train.evaluate(model, data), lambda: fit(model, data)):
-        with pytest.raises(CompanionError, match=says + r"|no task 'segment'"):
+        with pytest.raises(CompanionError, match=says):
             job()
+
+
+def test_data_for_another_task_are_refused(monkeypatch):
+    data = datasets.load("digits", split="test")
+    model = models.create("simple_cnn")
+    monkeypatch.setattr(data, "task", "juggle", raising=False)
+    with pytest.raises(CompanionError, match="there is no task 'juggle'"):
+        train.evaluate(model, data)
+    monkeypatch.setitem(TASKS, "juggle", TASKS["classify"])
+    with pytest.raises(CompanionError, match="simple_cnn is for the task 'classify', digits is for 'juggle'"):
+        train.evaluate(model, data)
 
 
 def test_pictures_of_another_size_are_refused():
@@ -335,3 +352,58 @@ def test_a_subset_is_known_by_its_whole():
         results.append(weights(model))
     assert torch.equal(results[0], results[1])
     assert not torch.equal(results[0], results[2])
+
+
+def test_training_images_are_augmented_and_validation_images_are_not():
+    """A white dot in the middle of each picture: moved in training, in its place when judged."""
+    images = torch.zeros(20, 3, 32, 32)
+    images[:, :, 16, 16] = 1
+    seen = {True: set(), False: set()}
+    model = models.create("simple_cnn", seed=0)
+
+    def look(layer, inputs):
+        first_channel = inputs[0][:, 0]
+        dots = (first_channel == first_channel.max()).nonzero()  # [image, row, column]
+        seen[layer.training].update(dots[:, 1:].sum(1).tolist())
+
+    model.conv1.register_forward_pre_hook(look)
+    fit(model, TensorDataset(images, torch.arange(20) % 2), epochs=2, augment="shift")
+    assert seen[False] == {32}
+    assert len(seen[True]) > 5
+
+
+def test_judged_data_keep_their_random_transforms_from_epoch_to_epoch():
+    batches = Batches(Noisy(), 8, torch.utils.data.default_collate, seed=0, shuffle=False)
+    for k in range(batches.steps):
+        assert torch.equal(batches[k][0], batches[batches.steps + k][0])
+
+
+def test_images_made_from_one_scan_are_held_out_together():
+    class Watching(Dataset):
+        def __init__(self):
+            self.whole, self.asked = datasets.load("hard_digits", split="train"), {"train": set(), "validation": set()}
+            self.groups = self.whole.groups
+
+        def __len__(self):
+            return len(self.whole)
+
+        def __getitem__(self, i):
+            self.asked["train" if model.training else "validation"].add(int(self.whole.scans[i, 0]))
+            return self.whole[i]
+
+    model = models.create("simple_cnn", seed=0)
+    data = Watching()
+    part = torch.utils.data.Subset(data, range(0, 4000, 4))
+    model.train()
+    data[0]
+    data.asked["train"].clear()
+    train.fit(model, part, epochs=1)
+    assert len(data.asked["validation"]) >= 20
+    assert not data.asked["train"] & data.asked["validation"]
+
+
+def test_the_loss_of_16_bit_outputs_is_computed_in_32():
+    model, data = mlp(), blobs(60)
+    outputs, targets = train.predict(model, data, precision="bf16")
+    expected = nn.functional.cross_entropy(outputs, targets).item()
+    assert train.evaluate(model, data, precision="bf16").loss == pytest.approx(expected, rel=1e-5)
