@@ -25,6 +25,7 @@ class Page(HTMLParser):
         self.links: list[str] = []
         self.loads: list[str] = []
         self.anchors = {"", "top"}
+        self.mute: list[str] = []  # pictures without words for those who cannot see them
         self.inside = ""
         self.feed(text)
 
@@ -37,6 +38,8 @@ class Page(HTMLParser):
         (self.links if follow else self.loads).extend(urls)
         self.loads += [choice.split()[0] for choice in given.get("srcset", "").split(",") if choice.strip()]
         self.loads += css_urls(given.get("style", ""))
+        if tag == "img" and re.fullmatch(r"\S*\.(png|jpe?g|svg|gif|webp)", given.get("alt", ".png")):
+            self.mute.append(given.get("src", ""))
         if given.get("http-equiv", "").lower() == "refresh":
             self.links.append(given.get("content", "").partition("=")[2].strip(" '\""))
 
@@ -89,6 +92,7 @@ def faults(site: Path) -> list[str]:
                 check(path, url, loaded=False)
             for url in pages[path].loads:
                 check(path, url, loaded=True)
+            found += [f"{name}: the picture {url!r} has no words (alt)" for url in pages[path].mute]
         elif path.suffix == ".css":
             for url in css_urls(path.read_text(encoding="utf-8")):
                 check(path, url, loaded=True)
@@ -109,7 +113,7 @@ def main() -> None:
         print(fault, file=sys.stderr)
     if found:
         sys.exit(f"{site} has {len(found)} faults.")
-    print(f"checked {len(list(site.rglob('*.html')))} pages: links, anchors, hosts, machine paths, sizes")
+    print(f"checked {len(list(site.rglob('*.html')))} pages: links, anchors, hosts, machine paths, sizes, alt texts")
 
 
 if __name__ == "__main__":
