@@ -32,10 +32,10 @@ class Part:
 
 
 def _extra(name: str) -> str:
-    return f'pip install -e ".[{name}]"'
+    return f'pip install -c constraints.txt -e ".[{name}]"'
 
 
-_CORE = "pip install -e ."
+_CORE = "pip install -c constraints.txt -e ."
 PARTS = (
     Part(
         "PyTorch, torchvision",
@@ -78,14 +78,14 @@ PARTS = (
         "TensorRT",
         "tensorrt",
         "inference engine for NVIDIA GPUs",
-        _extra("gpu"),
+        'pip install -e ".[gpu]"',
         "import tensorrt as t; t.Builder(t.Logger(t.Logger.ERROR)); print(t.__version__)",
     ),
     Part(
         "PyCUDA",
         "pycuda",
         "GPU memory for TensorRT",
-        _extra("gpu"),
+        'pip install -e ".[gpu]"',
         "import pycuda, pycuda.driver as d; d.init(); print(pycuda.VERSION_TEXT, d.Device.count(), 'GPU(s)')",
     ),
     Part(
