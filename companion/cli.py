@@ -5,6 +5,7 @@ Each command imports what it needs when it runs, so that ``--help`` answers at o
 
 import io
 import json as json_module
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -128,11 +129,8 @@ def train(
     files.check_writable(out)
     checkpoint = out.with_name(out.name + ".checkpoint")
     if resume and not checkpoint.exists():
-        if out.exists():
-            print(f"{out} is finished: there is nothing to resume")
-            return
         print(f"there is no unfinished run in {checkpoint}: starting from the beginning")
-    elif out.exists():
+    if out.exists():
         print(f"{out} exists: it will be replaced when this run is done")
     print(f"{model} ({metrics.count_parameters(network):,} parameters) on {data} ({len(train_data):,} images)")
     try:
@@ -177,14 +175,16 @@ def evaluate(
 
     _set_threads(threads)
     network = models.load(path)
-    name = models.describe(network).name
-    options: dict[str, Any] = {"size": models.image_size(name)} if data.startswith("folder:") else {}
+    info = models.describe(network)
+    name, size = info.name, info.configuration.get("image_size", models.image_size(info.name))
+    options: dict[str, Any] = {"size": size} if data.startswith("folder:") else {}
     samples = datasets.load(data, split=split, **options)
     scores = training.evaluate(network, samples, precision=precision, device=device, num_workers=workers)
     if json:
-        found = {"model": name, "data": data, "split": split, "samples": scores.samples, "loss": scores.loss}
-        finite = {key: None if value != value else value for key, value in (found | scores.metrics).items()}
-        print(json_module.dumps(finite, allow_nan=False))
+        found = {"model": name, "data": data, "split": split, "samples": scores.samples}
+        # JSON has no word for a loss that is not finite.
+        found["loss"] = scores.loss if math.isfinite(scores.loss) else None
+        print(json_module.dumps(found | scores.metrics, allow_nan=False))
     else:
         print(f"{name} on {data} ({split})  {_figures(scores)}")
 

@@ -151,7 +151,7 @@ def examine(part: Part) -> Finding:
     if find_spec(part.module) is None:
         return Finding(part.name, "missing", part.purpose, part.install)
     ok, output = _run(part.trial)
-    return Finding(part.name, "works" if ok else "broken", output, "" if ok else f"reinstall it: {part.install}")
+    return Finding(part.name, "works" if ok else "broken", output, "" if ok else part.install)
 
 
 def _run(code: str) -> tuple[bool, str]:

@@ -5,7 +5,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -53,7 +53,8 @@ def partial(path: Path) -> Path:
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
         process = leftover.name.split(".")[-2]
         if process.isdigit() and not _alive(int(process)):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+            with suppress(OSError):  # it may be somebody else's
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     return path.with_name(f".{path.name}.{os.getpid()}.part")
 
 
@@ -74,6 +75,9 @@ def _writable(path: str | os.PathLike[str]) -> Iterator[Path]:
     """The file that ``path`` leads to; a failure to write it is one sentence."""
     try:
         target = Path(path).resolve()
+    except (OSError, RuntimeError) as error:  # links that lead in a circle, for one
+        raise CompanionError(f"cannot write {path}: it leads nowhere.") from error
+    try:
         if target.is_dir():
             raise CompanionError(f"cannot write {path}: it is a folder; name a file in it.")
         if target.exists() and not target.is_file():

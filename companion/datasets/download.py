@@ -77,8 +77,8 @@ def get(name: str, *, url: str | None = None, timeout: float = 30.0, progress: b
 def _working_folder(target: Path) -> Iterator[Path]:
     """A folder beside ``target``, of this process alone, that is gone at the end, whatever happened."""
     work = partial(target)
+    shutil.rmtree(work, ignore_errors=True)
     try:
-        shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         yield work
     except OSError as error:

@@ -1,6 +1,5 @@
 """Networks by name: `create` builds one and notes on it everything needed to build it again."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -79,7 +78,7 @@ def _sequence(value: Any, of: Callable[[Any], bool]) -> bool:
 
 
 def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, int | float) and abs(value) < 1e30
 
 
 _ALLOWED = {
@@ -138,13 +137,14 @@ def create(
     for key in configuration:
         if key not in network.settings:
             raise CompanionError(f"{name} has no setting {key!r}: it takes {', '.join(network.settings)}.")
-    full = network.settings | configuration
+    # NumPy's and torch's numbers become Python's, which JSON knows.
+    configuration = {k: v.tolist() if hasattr(v, "tolist") else v for k, v in configuration.items()}
     for key, value in configuration.items():
         allowed = _ALLOWED[key]
         if not allowed.test(value):
             raise CompanionError(f"{name} takes {allowed.wanted} as {key}, not {value!r}.")
     # JSON, in which the configuration travels, has lists only: make both forms one.
-    full = {key: tuple(value) if isinstance(value, list) else value for key, value in full.items()}
+    full = {k: tuple(v) if isinstance(v, list) else v for k, v in (network.settings | configuration).items()}
     try:
         with torch.random.fork_rng(devices=[], enabled=seed is not None):
             if seed is not None:

@@ -34,7 +34,8 @@ def save(
         vocabulary: for text, the words in the order of their ids, likewise.
 
     Raises:
-        CompanionError: not one of our networks, labels that do not fit, or the file cannot be written.
+        CompanionError: not one of our networks, not in float32, labels that do not fit, or the file cannot be
+            written.
     """
     info = describe(model)
     if labels is not None:
@@ -44,6 +45,8 @@ def save(
     attach(model, info)
     # One entry, because safetensors writes several in random order: equal networks make equal files.
     metadata = {FORMAT: json.dumps(asdict(info), ensure_ascii=False)}
+    if any(value.is_floating_point() and value.dtype != torch.float32 for value in model.state_dict().values()):
+        raise CompanionError("weights are saved in float32: call the network's float() first.")
     # A file has no memory format (channels-last) and no device.
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     with replacing(path) as file:

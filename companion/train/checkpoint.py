@@ -57,7 +57,7 @@ def load(path: str | os.PathLike[str], settings: dict[str, Any]) -> dict[str, An
     ) as error:
         raise damaged(path) from error
     for key in settings:
-        if found.get(key) != settings[key]:
+        if repr(found.get(key)) != repr(settings[key]):
             raise CompanionError(
                 f"{path} is of another run: its {key} is {found.get(key)!r}, this run's {settings[key]!r}; "
                 "give the same settings, or delete it to start again."

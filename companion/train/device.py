@@ -21,7 +21,7 @@ def pick_device(name: str | torch.device | None) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(1, device=device).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         raise CompanionError(
             f"there is no device {str(name)!r} here: `companion doctor` lists those there are."
         ) from error
@@ -32,11 +32,13 @@ def pick_device(name: str | torch.device | None) -> torch.device:
 def placed(model: nn.Module, device: torch.device) -> Iterator[None]:
     """The network on ``device`` and channels-last, which convolutions like best; afterwards back, in plain layout."""
     home = next((p.device for p in model.parameters()), torch.device("cpu"))
-    model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    volumes = any(p.dim() == 5 for p in model.parameters())  # of 3-D convolutions, for which there is no such layout
+    layout = torch.preserve_format if volumes else torch.channels_last
+    model.to(device=device, memory_format=layout)  # type: ignore[call-overload]
     try:
         yield
     finally:
-        model.to(device=home, memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        model.to(device=home, memory_format=torch.preserve_format if volumes else torch.contiguous_format)  # type: ignore[call-overload]
 
 
 def move(value: Any, device: torch.device) -> Any:

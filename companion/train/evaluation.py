@@ -88,7 +88,8 @@ def check_match(model: nn.Module, data: Any) -> None:
     """
     if len(data) == 0:
         raise CompanionError("the data set is empty.")
-    sample = data[0]
+    with own_randomness():
+        sample = data[0]
     if not isinstance(sample, tuple | list) or len(sample) != 2:
         raise CompanionError("each sample of a data set must be a pair: an input and its target.")
     try:
@@ -100,8 +101,8 @@ def check_match(model: nn.Module, data: Any) -> None:
     if task != info.task:
         raise CompanionError(f"{info.name} is for the task {info.task!r}, {name} is for {task!r}.")
     size = info.configuration.get("image_size")
-    if size is not None and (shape := tuple(sample[0].shape[-2:])) != (size, size):
-        raise CompanionError(f"{info.name} takes images of {size}×{size}, {name} has {shape[0]}×{shape[1]}.")
+    if size is not None and (shape := tuple(getattr(sample[0], "shape", ()))) != (3, size, size):
+        raise CompanionError(f"{info.name} takes tensors of shape {(3, size, size)}, {name} has {shape or sample[0]}.")
     if labels is None:
         return
     classes = info.configuration.get("classes", len(labels))
@@ -130,14 +131,15 @@ def _evaluation(
     policy = Precision.named(precision, pick_device(device))
     check_match(model, data)
     batches = Batches(data, batch_size, task_of(data).collate, seed=0, shuffle=False)
-    training = model.training
+    modes = {module: module.training for module in model.modules()}
     with placed(model, policy.device), own_randomness():
         stream = batches.iterate(range(batches.steps), num_workers=num_workers, pin_memory=policy.pin_memory)
         with progress_bar(show=progress, total=batches.steps, unit="batch") as bar:
             try:
                 yield policy, _counted(stream, bar)
             finally:
-                model.train(training)
+                for module, training in modes.items():
+                    module.training = training
 
 
 def _counted(stream: Iterator[Any], bar: Any) -> Iterator[Any]:

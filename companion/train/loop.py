@@ -2,18 +2,20 @@
 
 import hashlib
 import math
+import operator
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
-from torch.utils.data import Subset
+from torch.utils.data import ConcatDataset, Subset
 
 from companion.errors import CompanionError
 from companion.files import check_writable
@@ -102,7 +104,8 @@ def fit(
         weight_decay: AdamW's.
         precision: ``fp32``, ``bf16`` or ``fp16`` (GPU only); the weights stay float32.
         validation: a data set, or the share of ``train_data`` to hold out (chosen by the seed), or 0 for none:
-            then the last epoch counts as the best.
+            then the last epoch counts as the best. Samples of one group, if the data set has ``groups`` [N] (such as
+            several images made from one scan), are held out together.
         augment: ``shift`` (by up to 4 pixels), ``shift_flip`` (and mirrored) or None; "default" takes what the data set
             says suits it.
         seed: of the order, the hold-out, the augmentation, dropout, and the transforms of the samples.
@@ -120,11 +123,20 @@ def fit(
         CompanionError: arguments out of range, data that does not fit the network, a sample that cannot be read, a
             checkpoint that exists without ``resume`` or belongs to another run, or a loss that is no longer finite.
     """
+    try:
+        epochs, batch_size, num_workers, seed = map(operator.index, (epochs, batch_size, num_workers, seed))
+        lr, weight_decay = float(lr), float(weight_decay)  # NumPy's numbers cannot go into a checkpoint
+    except (TypeError, ValueError) as error:
+        raise CompanionError(
+            "epochs, batch_size, num_workers and seed must be whole numbers, lr and weight_decay numbers."
+        ) from error
     for name, value, good, wanted in (
         ("epochs", epochs, epochs >= 1, "a whole number from 1"),
         ("batch_size", batch_size, batch_size >= 1, "a whole number from 1"),
         ("lr", lr, 0 < lr <= 1000, "a number above 0, at most 1000"),
+        ("weight_decay", weight_decay, 0 <= weight_decay < math.inf, "a number from 0"),
         ("num_workers", num_workers, num_workers >= 0, "a whole number from 0"),
+        ("seed", seed, seed >= 0, "a whole number from 0"),
     ):
         if not good:
             raise CompanionError(f"{name} is {value}: give {wanted}.")
@@ -136,7 +148,7 @@ def fit(
     training, held_out = _hold_out(train_data, validation, seed)
     settings = {
         **_identity(model),
-        "data": _describe_data(train_data) if checkpoint is not None else None,
+        "labels": attribute(train_data, "labels"),
         "samples": len(training),
         "validation": 0 if held_out is None else len(held_out),
         "epochs": epochs,
@@ -147,6 +159,8 @@ def fit(
         "augment": augment,
         "seed": seed,
     }
+    if checkpoint is not None:
+        settings |= {"data": _digest(training), "validation data": held_out and _digest(held_out)}
     batches = Batches(training, batch_size, task.collate, seed, shuffle=True)
     total = epochs * batches.steps
 
@@ -164,7 +178,7 @@ def fit(
                     )
                 state = checkpoints.load(checkpoint, settings)
                 try:
-                    run = _Run(**state["run"])
+                    run = _Run.restored(state["run"], total)
                     for name, part in parts.items():
                         part.load_state_dict(state[name])
                 except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -267,6 +281,18 @@ class _Run:
     epochs: list[dict[str, Any]] = field(default_factory=list)
     best: dict[str, Any] | None = None
 
+    @classmethod
+    def restored(cls, found: dict[str, Any], total: int) -> "_Run":
+        """From a checkpoint; raises whatever comes of one that was forged."""
+        run = cls(**found)
+        if run.step not in range(total + 1) or (run.best is None and run.step == total):
+            raise ValueError("no such step")
+        for row in run.epochs:
+            Epoch(**row)
+        if run.best is not None and run.best.keys() != {"epoch", "rank", "score", "weights"}:
+            raise ValueError("no such weights")
+        return run
+
     def end_epoch(
         self, model: nn.Module, optimizer: AdamW, train_loss: float, validated: Scores | None, seconds: float
     ) -> Epoch:
@@ -306,39 +332,60 @@ def _hold_out(data: Any, validation: Any, seed: int) -> tuple[Any, Any]:
         raise CompanionError(f"validation is {validation}: give a share from 0 to below 1, or a data set.")
     if validation == 0:
         return data, None
-    members: dict[int, list[int]] = {}
+    members: dict[Hashable, list[int]] = {}
     for i, group in enumerate(_groups(data)):
         members.setdefault(group, []).append(i)
     groups = list(members.values())
     wanted = max(1, round(validation * len(data)))
     held_out: list[int] = []
     for k in permutation(len(groups), derive_seed(seed, HOLDOUT)):
-        if len(held_out) < wanted:
+        if len(held_out) + len(groups[k]) <= wanted:
             held_out += groups[k]
+    held_out = held_out or min(groups, key=len)
     if len(held_out) == len(data):
-        raise CompanionError(f"{len(data)} samples are too few to hold out {validation:.0%} for validation.")
+        raise CompanionError(
+            f"{len(data)} samples of {len(groups)} groups are too few to hold out {validation:.0%} for validation."
+        )
     kept = sorted(set(range(len(data))) - set(held_out))
     return Subset(data, kept), Subset(data, sorted(held_out))
 
 
-def _groups(data: Any) -> Iterable[int]:
-    """For each sample a number that those share which come from one source; each its own if the data set has none."""
+def _groups(data: Any) -> list[Hashable]:
+    """For each sample what those share that come from one source (``data.groups`` [N]), else something of its own."""
     if isinstance(data, Subset):
-        whole = list(_groups(data.dataset))
+        whole = _groups(data.dataset)
         return [whole[i] for i in data.indices]
+    if isinstance(data, ConcatDataset):
+        return [group for part in data.datasets for group in _groups(part)]
     groups = getattr(data, "groups", None)
-    return range(len(data)) if groups is None else map(int, groups)
+    if groups is None:
+        return [(id(data), i) for i in range(len(data))]
+    return groups.tolist() if hasattr(groups, "tolist") else list(groups)
 
 
-def _describe_data(data: Any) -> str:
-    """Name, classes and a digest of eight samples: enough to tell other data of the same size apart."""
-    digest = hashlib.sha256(repr(attribute(data, "labels")).encode())
-    with own_randomness():
-        for i in range(0, len(data), -(-len(data) // 8)):
-            seed_everything(0)  # for samples with random transforms
-            for part in data[i]:
-                digest.update(part.numpy().tobytes() if isinstance(part, Tensor) else repr(part).encode())
-    return f"{attribute(data, 'name', type(data).__name__)} {digest.hexdigest()[:16]}"
+def _digest(data: Any) -> str:
+    """Tells other data of the same size apart, by eight samples; no help if those differ each time they are read."""
+    found = set()
+    for _ in range(2):
+        digest = hashlib.sha256()
+        with own_randomness():
+            for i in range(0, len(data), -(-len(data) // 8)):
+                seed_everything(0)  # for samples with random transforms
+                _add(digest, data[i])
+        found.add(digest.hexdigest())
+    return found.pop() if len(found) == 1 else "random"
+
+
+def _add(digest: Any, value: Any) -> None:
+    if isinstance(value, Tensor):
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    elif isinstance(value, np.ndarray):
+        digest.update(np.ascontiguousarray(value).tobytes())
+    elif isinstance(value, dict | list | tuple):
+        for item in value.items() if isinstance(value, dict) else value:
+            _add(digest, item)
+    else:
+        digest.update(repr(value).encode())
 
 
 def _finite(model: nn.Module) -> bool:

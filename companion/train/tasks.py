@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import Subset, default_collate
+from torch.utils.data import ConcatDataset, Subset, default_collate
 
 from companion.errors import CompanionError
 
@@ -54,9 +54,9 @@ TASKS = {"classify": Task(default_collate, _classification_loss, Accuracy)}
 
 
 def attribute(data: Any, name: str, default: Any = None) -> Any:
-    """What a data set says of itself, such as its ``labels``; a `torch.utils.data.Subset` says what its whole does."""
-    while not hasattr(data, name) and isinstance(data, Subset):
-        data = data.dataset
+    """What a data set says of itself, such as its ``labels``; torch's Subset and ConcatDataset say what is in them."""
+    while not hasattr(data, name) and isinstance(data, Subset | ConcatDataset):
+        data = data.dataset if isinstance(data, Subset) else data.datasets[0]
     return getattr(data, name, default)
 
 

@@ -76,6 +76,13 @@ def test_places_that_cannot_be_written_are_refused_in_one_sentence(tmp_path, pat
     assert names(tmp_path) == {"file"}
 
 
+def test_links_that_lead_in_a_circle(tmp_path):
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    with pytest.raises(CompanionError, match="cannot write"):
+        check_writable(tmp_path / "a")
+
+
 def test_check_writable_leaves_nothing_and_harms_nothing(tmp_path):
     write(tmp_path / "x", b"old")
     check_writable(tmp_path / "x")

@@ -134,6 +134,14 @@ def test_unusable_settings_are_refused(name, settings, says):
     assert "\n" not in str(caught.value)
 
 
+def test_numbers_of_numpy_and_torch_will_do():
+    import numpy as np
+
+    model = models.create("simple_cnn", classes=np.int64(4), mean=torch.zeros(3), channels=np.array([2, 3]))
+    assert models.describe(model).configuration["classes"] == 4
+    assert models.describe(model).configuration["mean"] == (0.0, 0.0, 0.0)
+
+
 def test_foreign_modules_have_no_description():
     with pytest.raises(CompanionError, match=r"not made by models\.create"):
         models.describe(nn.Linear(1, 1))

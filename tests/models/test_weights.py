@@ -156,6 +156,7 @@ def test_numbers_of_another_kind(path):
         ({"configuration": {"width": "wide"}}, "a whole number from 1 as width"),
         ({"configuration": {"width": 1e99}}, "a whole number from 1 as width"),
         ({"configuration": {"width": 2**62}}, "cannot be built"),
+        ({"configuration": {"mean": [10**400, 0, 0]}}, "three numbers as mean"),
         ({"labels": ["one"]}, "4 classes, but 1 labels"),
         ({"labels": [1, 2, 3, 4]}, "not text"),
         ({"labels": 7}, "damaged description"),
@@ -176,6 +177,13 @@ def test_a_forged_size_is_refused_without_taking_memory(path):
 def test_labels_that_do_not_fit_are_not_saved(model, tmp_path):
     with pytest.raises(CompanionError, match="4 classes, but 2 labels"):
         models.save(model, tmp_path / "net.safetensors", labels=["a", "b"])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_what_load_would_refuse_is_not_saved(model, tmp_path, dtype):
+    with pytest.raises(CompanionError, match="saved in float32"):
+        models.save(model.to(dtype), tmp_path / "net.safetensors")
     assert not list(tmp_path.iterdir())
 
 

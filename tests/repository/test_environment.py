@@ -59,7 +59,7 @@ def test_every_requirement_has_one_exact_version():
     assert needed <= pinned
 
 
-def test_an_editable_install_needs_nothing_that_the_test_extra_does_not_bring(tmp_path):
+def test_an_editable_install_needs_nothing_that_the_test_extra_does_not_bring():
     """So that `pip download` of the extras is enough for a machine without a network."""
     build_needs = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["build-system"]["requires"]
     assert {name(requirement) for requirement in build_needs} | {"editables"} <= names("test")

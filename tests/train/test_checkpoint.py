@@ -1,5 +1,6 @@
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -105,6 +106,33 @@ def test_a_run_with_other_settings_is_not_mixed_in(data, tmp_path, change):
         run(network(), data, tmp_path / "run", resume=True, **change)
 
 
+def test_numbers_of_numpy_make_a_usable_checkpoint(data, tmp_path):
+    settings = {"lr": np.float64(1e-3), "epochs": np.int64(1), "batch_size": np.int32(32)}
+    a, b = network(), network()
+    run(a, data, tmp_path / "run", **settings)
+    run(b, data, tmp_path / "run", resume=True, **settings)
+    assert same(a, b)
+
+
+class OwnGenerator(torch.utils.data.Dataset):
+    """Samples that no seed of ours reaches, of a number format that NumPy does not know."""
+
+    def __init__(self):
+        self.random = np.random.default_rng()
+
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, i):
+        return torch.full((3,), self.random.random(), dtype=torch.bfloat16), i % 3
+
+
+def test_a_run_on_samples_beyond_our_seeds_can_be_resumed(tmp_path):
+    model = nn.Linear(3, 3)
+    run(model, OwnGenerator(), tmp_path / "run", augment=None, precision="bf16")
+    run(nn.Linear(3, 3), OwnGenerator(), tmp_path / "run", augment=None, precision="bf16", resume=True)
+
+
 def test_another_network_is_not_mixed_in(data, tmp_path):
     run(models.create("cifar_resnet14", width=4), data, tmp_path / "run")
     with pytest.raises(CompanionError, match="its configuration is"):
@@ -132,6 +160,11 @@ def test_other_data_of_the_same_size_are_not_mixed_in(tmp_path):
         lambda content: content | {"state": None},
         lambda content: content | {"state": {}},
         lambda content: content | {"state": content["state"] | {"run": {"steps": 1}}},
+        lambda content: content | {"state": content["state"] | {"run": content["state"]["run"] | {"step": 10**6}}},
+        lambda content: content | {"state": content["state"] | {"run": content["state"]["run"] | {"step": "x"}}},
+        lambda content: content | {"state": content["state"] | {"run": content["state"]["run"] | {"best": {}}}},
+        lambda content: content | {"state": content["state"] | {"run": content["state"]["run"] | {"epochs": [{}]}}},
+        lambda content: content | {"settings": content["settings"] | {"lr": torch.zeros(3)}},
         lambda content: content | {"state": content["state"] | {"optimizer": {}}},
         lambda content: content | {"state": content["state"] | {"model": {}}},
     ],

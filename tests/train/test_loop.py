@@ -9,7 +9,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from companion import CompanionError, datasets, models, train
 from companion.train.batches import Batches
-from companion.train.loop import WARM_UP, schedule
+from companion.train.loop import WARM_UP, _hold_out, schedule
 from companion.train.tasks import TASKS
 
 
@@ -240,6 +240,10 @@ def test_each_epoch_is_reported_as_it_ends():
         ({"lr": math.nan}, "lr is nan"),
         ({"lr": math.inf}, "lr is inf"),
         ({"num_workers": -1}, "num_workers is -1"),
+        ({"seed": -1}, "seed is -1"),
+        ({"weight_decay": -1.0}, "weight_decay is -1.0"),
+        ({"epochs": 1.5}, "must be whole numbers"),
+        ({"lr": "fast"}, "must be whole numbers"),
         ({"precision": "int3"}, "no precision 'int3'"),
         ({"precision": "fp16", "device": "cpu"}, "fp16 trains on a GPU only"),
         ({"device": "abacus"}, "no device 'abacus'"),
@@ -297,7 +301,7 @@ def test_data_for_another_task_are_refused(monkeypatch):
 
 def test_pictures_of_another_size_are_refused():
     data = TensorDataset(torch.rand(4, 3, 48, 48), torch.zeros(4, dtype=torch.long))
-    with pytest.raises(CompanionError, match="takes images of 32×32, the data set has 48×48"):
+    with pytest.raises(CompanionError, match=r"takes tensors of shape \(3, 32, 32\), the data set has \(3, 48, 48\)"):
         train.evaluate(models.create("simple_cnn"), data)
 
 
@@ -407,3 +411,46 @@ def test_the_loss_of_16_bit_outputs_is_computed_in_32():
     outputs, targets = train.predict(model, data, precision="bf16")
     expected = nn.functional.cross_entropy(outputs, targets).item()
     assert train.evaluate(model, data, precision="bf16").loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_flat_pictures_and_pictures_that_are_no_tensors_are_refused():
+    for sample in (torch.rand(3072), "a picture"):
+        with pytest.raises(CompanionError, match=r"simple_cnn takes tensors of shape \(3, 32, 32\)"):
+            train.evaluate(models.create("simple_cnn"), [(sample, 0)])
+
+
+def test_judging_leaves_frozen_parts_frozen():
+    model = models.create("cifar_resnet14", width=4).train()
+    model.bn1.eval()
+    train.evaluate(model, torch.utils.data.Subset(datasets.load("digits", split="test"), range(8)))
+    assert model.training
+    assert not model.bn1.training
+
+
+def test_groups_are_held_out_together_across_parts_and_never_too_many():
+    class Grouped(Dataset):
+        def __init__(self, groups):
+            self.groups = groups
+
+        def __len__(self):
+            return len(self.groups)
+
+        def __getitem__(self, i):
+            return torch.zeros(3), 0
+
+    parts = [Grouped(list("aabbcc")), Grouped(list("aabbccdd"))]
+    training, held_out = _hold_out(torch.utils.data.ConcatDataset(parts), 0.3, seed=0)
+    letters = "aabbccaabbccdd"
+    kept, away = ({letters[i] for i in part.indices} for part in (training, held_out))
+    assert kept | away == set("abcd")
+    assert not kept & away
+    assert 2 <= len(held_out) <= 4
+    for seed in range(10):
+        assert len(_hold_out(Grouped(["big"] * 36 + ["small"] * 4), 0.1, seed)[1]) == 4
+    with pytest.raises(CompanionError, match="40 samples of 1 groups are too few"):
+        _hold_out(Grouped(["one"] * 40), 0.1, seed=0)
+
+
+def test_a_network_of_volumes_trains():
+    model = nn.Sequential(nn.Conv3d(1, 2, 2), nn.Flatten(), nn.Linear(16, 3))
+    fit(model, TensorDataset(torch.rand(12, 1, 3, 3, 3), torch.arange(12) % 3), epochs=1)
