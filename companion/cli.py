@@ -97,7 +97,7 @@ def doctor(json: Json = False) -> None:
 def train(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="simple_cnn, cifar_resnet20, …")],
     data: Data = "digits",
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training data.")] = 15,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training data.")] = 10,
     batch_size: Annotated[int, typer.Option(min=1, help="Images a step.")] = 32,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
     precision: Precision = "fp32",
