@@ -7,7 +7,7 @@ PY := $(VENV)/bin/python
 PIP_INSTALL = $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 # One thread: on a busy machine two wait for each other, and only one gives the same weights every time.
-export OMP_NUM_THREADS ?= 1
+test stress: export OMP_NUM_THREADS ?= 1
 
 # Data beside the project, when there is some (full-size CIFAR-10 and the like): tests that want it skip without it.
 SHARED_DATA := $(wildcard ../shared/datasets)
@@ -56,14 +56,17 @@ $(PY):
 
 # The site needs its own extra and the package itself, not torch: its reference pages mock what they do not import.
 $(VENV)/.site: pyproject.toml constraints.txt | $(PY)
+	@echo "setting up $(VENV) for the site: a few hundred megabytes, about a minute"
 	$(PIP_INSTALL) $$($(PY) tools/extra.py site)
 	$(PIP_INSTALL) --no-deps -e .
 	touch $@
 
 $(VENV)/.notebooks: pyproject.toml constraints.txt | $(PY)
+	@echo "setting up $(VENV) for the notebooks: with PyTorch several gigabytes, some minutes"
 	$(PIP_INSTALL) -e ".[notebooks]"
 	touch $@
 
 $(VENV)/.test: pyproject.toml constraints.txt | $(PY)
+	@echo "setting up $(VENV) for the tests: with PyTorch several gigabytes, some minutes"
 	$(PIP_INSTALL) -e ".[notebooks,test]"
 	touch $@

@@ -11,7 +11,8 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 PAGE_LIMIT, FILE_LIMIT = 512 * 1024, 4 * 1024 * 1024  # bytes
-MACHINE_PATH = re.compile(r"(?<![\w.:/-])/(?:work|root|home|Users)/[\w.-]+|site-packages")
+ROOT = Path(__file__).resolve().parents[1]
+MACHINE_PATH = re.compile(r"(?<![\w.:/-])/(?:root|home|Users)/[\w.-]+|site-packages|" + re.escape(str(ROOT)))
 CSS_URL = re.compile(r"""url\(\s*["']?([^"')]+)|@import\s+["']([^"']+)""")
 SCRIPT_URL = re.compile(r"""(?:\bimport|\bfrom|\bfetch|\bsrc\s*=)[\s(]*["']((?:https?:)?//[^"']+)""")
 ONLY_NAMED = {"canonical", "alternate", "author", "license", "next", "prev", "search"}  # <link>s that load nothing
