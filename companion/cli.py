@@ -18,7 +18,7 @@ from companion.errors import CompanionError
 if TYPE_CHECKING:
     from companion.train import Epoch, Scores
 
-# With its default of rich help and boxes, typer takes a quarter of a second more for --help.
+# typer's defaults print errors as usage and a box, and import rich for every --help.
 _OPTIONS: dict[str, Any] = {"add_completion": False, "rich_markup_mode": None, "pretty_exceptions_enable": False}
 app = typer.Typer(help="Make neural networks smaller and faster, and measure it.", **_OPTIONS)
 data_app = typer.Typer(help="List, download and check the data.", **_OPTIONS)

@@ -24,7 +24,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         CompanionError: the file cannot be written (read-only or missing folder, full disk, …).
     """
     with _writable(path) as target:
-        part = partial(target)
+        part = working_path(target)
         try:
             with part.open("wb") as file:
                 yield file
@@ -43,12 +43,12 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         CompanionError: as `replacing` would.
     """
     with _writable(path) as target:
-        probe = partial(target)
+        probe = working_path(target)
         probe.touch()
         probe.unlink()
 
 
-def partial(path: Path) -> Path:
+def working_path(path: Path) -> Path:
     """A name beside ``path`` for this process to work under; what killed processes left under theirs is removed."""
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
         process = leftover.name.split(".")[-2]

@@ -15,7 +15,7 @@ import companion
 from companion.datasets import cifar10
 from companion.datasets.store import archive_name, data_folder, manifest
 from companion.errors import CompanionError
-from companion.files import partial, sha256
+from companion.files import sha256, working_path
 from companion.progress import progress_bar
 
 BLOCK = 64 * 1024  # bytes read at a time
@@ -76,7 +76,7 @@ def get(name: str, *, url: str | None = None, timeout: float = 30.0, progress: b
 @contextmanager
 def _working_folder(target: Path) -> Iterator[Path]:
     """A folder beside ``target``, of this process alone, that is gone at the end, whatever happened."""
-    work = partial(target)
+    work = working_path(target)
     shutil.rmtree(work, ignore_errors=True)
     try:
         work.mkdir(parents=True)

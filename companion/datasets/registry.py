@@ -44,6 +44,7 @@ def load(
         A data set of samples ``(image, label)``: float32 [3, H, W] in 0..1 and int. It has ``name``,
         ``task`` (``classify``), ``labels`` (class names in order), ``targets`` (int64 [N], the labels of
         all samples) and ``augmentation`` (what suits it in training: ``shift``, ``shift_flip`` or None).
+        Those made from digits also have ``groups`` (int64 [N]: images of one group come from one scan).
 
     Raises:
         CompanionError: no such data set, split or option, or data that is missing or unusable.

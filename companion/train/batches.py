@@ -38,7 +38,8 @@ def own_randomness() -> Iterator[None]:
     """Give the caller's global generators back as they were."""
     python, numpy = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng():
+        # Named, because torch warns of the time that it takes when it finds several GPUs by itself.
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             yield
     finally:
         random.setstate(python)

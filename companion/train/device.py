@@ -34,11 +34,13 @@ def placed(model: nn.Module, device: torch.device) -> Iterator[None]:
     home = next((p.device for p in model.parameters()), torch.device("cpu"))
     volumes = any(p.dim() == 5 for p in model.parameters())  # of 3-D convolutions, for which there is no such layout
     layout = torch.preserve_format if volumes else torch.channels_last
+    plain = torch.preserve_format if volumes else torch.contiguous_format
+    # The type hints of Module.to leave memory_format out.
     model.to(device=device, memory_format=layout)  # type: ignore[call-overload]
     try:
         yield
     finally:
-        model.to(device=home, memory_format=torch.preserve_format if volumes else torch.contiguous_format)  # type: ignore[call-overload]
+        model.to(device=home, memory_format=plain)  # type: ignore[call-overload]
 
 
 def move(value: Any, device: torch.device) -> Any:

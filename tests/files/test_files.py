@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from companion import CompanionError
-from companion.files import check_writable, partial, replacing, sha256
+from companion.files import check_writable, replacing, sha256, working_path
 
 
 def names(folder):
@@ -101,9 +101,11 @@ def test_what_a_killed_process_left_is_removed_by_the_next_writer_but_not_what_a
 
 
 def test_each_process_works_under_a_name_of_its_own(tmp_path):
-    program = "import sys; from pathlib import Path; from companion.files import partial; print(partial(Path('x')))"
+    program = (
+        "import sys; from pathlib import Path; from companion.files import working_path; print(working_path(Path('x')))"
+    )
     other = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.strip()
-    assert other != str(partial(tmp_path / "x").name)
+    assert other != str(working_path(tmp_path / "x").name)
 
 
 def test_sha256(tmp_path):
