@@ -160,24 +160,43 @@ def train(
 
 @app.command()
 def evaluate(
-    path: Annotated[Path, typer.Argument(metavar="F.safetensors", help="Weights written by `companion train`.")],
+    path: Annotated[
+        Path,
+        typer.Argument(metavar="FILE", help="F.safetensors of `companion train`, or F.onnx of `companion export`."),
+    ],
     data: Data = "digits",
     split: Annotated[str, typer.Option(help="test or train.")] = "test",
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            help="torch, torch_fused, onnxruntime; torch for F.safetensors, onnxruntime for F.onnx if not given."
+        ),
+    ] = None,
     precision: Precision = "fp32",
     threads: Threads = None,
     device: Device = None,
     workers: Workers = 0,
     json: Json = False,
 ) -> None:
-    """Judge a trained network on a data set."""
+    """Judge a trained network on a data set, run by torch or by an inference engine."""
     from companion import datasets, models
     from companion import train as training
 
     _set_threads(threads)
-    network = models.load(path)
-    info = models.describe(network)
-    name, size = info.name, info.configuration.get("image_size", models.image_size(info.name))
-    options: dict[str, Any] = {"size": size} if data.startswith("folder:") else {}
+    if engine is None and path.suffix != ".onnx":
+        network = models.load(path)
+        info = models.describe(network)
+        name, size = info.name, info.configuration.get("image_size", models.image_size(info.name))
+    else:
+        if precision != "fp32" or device is not None:
+            raise CompanionError("an engine computes as its file says, on the CPU: leave out --precision and --device.")
+        from companion import engines
+
+        runs = engines.load(path, engine or "onnxruntime", threads=threads or 1)
+        network, device = engines.as_module(runs), "cpu"
+        name = f"{runs.metadata.model or path.name} by {runs.name}"
+        size = runs.inputs[0].shape[-1] or (runs.metadata.input_size or (None,))[-1]
+    options: dict[str, Any] = {"size": size} if data.startswith("folder:") and size else {}
     samples = datasets.load(data, split=split, **options)
     scores = training.evaluate(network, samples, precision=precision, device=device, num_workers=workers)
     if json:
@@ -187,6 +206,90 @@ def evaluate(
         print(json_module.dumps(found | scores.metrics, allow_nan=False))
     else:
         print(f"{name} on {data} ({split})  {_figures(scores)}")
+
+
+@app.command()
+def export(
+    weights: Annotated[Path, typer.Argument(metavar="F.safetensors", help="Weights written by `companion train`.")],
+    out: Annotated[Path, typer.Argument(metavar="F.onnx", help="The file to write.")],
+) -> None:
+    """Write a trained network as an ONNX file, which any engine runs.
+
+    Weights, class names and the network's description are inside; batches may have any size. The file is there only if
+    ONNX Runtime gives the same answers with it as torch.
+    """
+    from companion import engines, files, models
+    from companion.units import format_bytes
+
+    if out.suffix != ".onnx":
+        raise CompanionError(f"{out} must end in .onnx.")
+    files.check_writable(out)
+    network = models.load(weights)
+    written = engines.export_onnx(network, engines.example_for(network), out)
+    print(f"{out}: {format_bytes(written.bytes)}, at most {written.largest_difference:.1e} from torch's outputs")
+
+
+@app.command()
+def profile(
+    target: Annotated[
+        str, typer.Argument(metavar="MODEL_OR_FILE", help="simple_cnn, F.safetensors, F.onnx, torchvision:resnet50, …")
+    ],
+    shape: Annotated[
+        str | None, typer.Option("--input", metavar="N,C,H,W", help="Shape of the example; one sample if not given.")
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, max=1024, help="CPU threads of the timing.")] = 1,
+    seconds: Annotated[float, typer.Option(min=0.01, max=3600, help="How long to time.")] = 1.0,
+    modules: Annotated[bool, typer.Option("--modules", help="A line for each module, too.")] = False,
+    json: Json = False,
+) -> None:
+    """What a network costs: parameters, MACs, FLOPs, memory, size, latency."""
+    from companion import profile as profiling
+
+    try:
+        sizes = None if shape is None else tuple(int(size) for size in shape.split(","))
+    except ValueError:
+        raise CompanionError(f"--input is {shape!r}: give whole numbers such as 1,3,32,32.") from None
+    found = profiling.profile(target, input=sizes, threads=threads, seconds=seconds)
+    if json:
+        print(json_module.dumps(profiling.to_json(found), allow_nan=False))
+        return
+    first, *rest = profiling.to_rows(found)
+    _table(first, rest)
+    if modules:
+        print()
+        _table(("module", "MACs", "share", "bytes moved"), profiling.module_rows(found))
+
+
+@app.command()
+def bench(
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="Which; without it, the list of them.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Results file; NAME.json if not given.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure everything again.")] = False,
+) -> None:
+    """Measure again what the site's tables show, and write the results file.
+
+    A bench that was stopped goes on where it was with the same command.
+    """
+    from companion import bench as benches
+    from companion.metrics import results
+
+    if name is None:
+        _table(("bench", "measures"), ((each, benches.get(each).description) for each in benches.names()))
+        return
+    chosen = benches.get(name)
+    out = out or Path(f"{name}.json")
+    try:
+        yours = benches.run(chosen, out=out, fresh=fresh)
+    except KeyboardInterrupt as error:
+        raise _Interrupted(str(error) or "interrupted.") from None
+    print(yours.to_markdown(), end="")
+    print(f"\nwritten to {out}")
+    try:
+        ours = results.load(name)
+    except CompanionError:  # a bench that has no published record yet
+        return
+    if ours != yours:
+        print(f"\nagainst the published figures:\n\n{results.compare(ours, yours).to_markdown()}", end="")
 
 
 @data_app.command("list")

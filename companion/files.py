@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: write to a temporary name, then rename."""
+"""Files that are either whole or absent: write to a temporary name, then rename. And where those we ship lie."""
 
 import glob
 import hashlib
@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+import companion
 from companion.errors import CompanionError
 
 
@@ -85,6 +86,19 @@ def _writable(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield target
     except OSError as error:
         raise CompanionError(f"cannot write {path}: {error.strerror or error}.") from error
+
+
+def shipped(name: str) -> Path:
+    """The path of a file that the project ships: in ``data/`` of a checkout, in ``_data`` of an installed package.
+
+    Raises:
+        CompanionError: there is no such file.
+    """
+    package = Path(companion.__file__).parent
+    for folder in (package / "_data", package.parent / "data"):
+        if (folder / name).is_file():
+            return folder / name
+    raise CompanionError(f"the file {name} that companion ships is missing: install companion again.")
 
 
 def sha256(path: str | os.PathLike[str]) -> str:

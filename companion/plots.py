@@ -1,14 +1,18 @@
 """The course's pictures, in one style: readable in print and on dark pages, with no meaning carried by colour alone."""
 
 import io
-from collections.abc import Sequence
+import itertools
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from cycler import cycler
 from matplotlib import rc_context
+from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
+from companion.errors import CompanionError
 
 # Okabe and Ito's colours, which colour-blind readers tell apart, each with a line style of its own.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -91,4 +95,111 @@ def plot_confusion(targets: Any, predictions: Any, labels: Sequence[str]) -> Pic
         axis.set(xticks=range(n), yticks=range(n), xlabel="predicted", ylabel="true")
         axis.set_xticklabels(labels, rotation=0 if max(map(len, labels)) < 4 else 45)
         axis.set_yticklabels(labels)
+    return figure
+
+
+def plot_trade_off(
+    points: Iterable[Any],
+    *,
+    x: str,
+    y: str,
+    maximize: str | Collection[str] = (),
+    label: str | None = None,
+    units: Mapping[str, str] | None = None,
+    log: str | Collection[str] = (),
+) -> Picture:
+    """Two objectives against each other: filled points lie on the Pareto front of these two, hollow ones are dominated.
+
+    Args:
+        points: as `companion.metrics.pareto_front` takes them.
+        x: the objective from left to right.
+        y: the objective from bottom to top.
+        maximize: those of the two of which more is better; of the others less is.
+        label: the key or attribute to write beside each point.
+        units: of an objective, for its axis: ``{"latency": "ms"}``.
+        log: the axes to be logarithmic, ``x`` or ``y`` by the names of their objectives.
+
+    Raises:
+        CompanionError: as `companion.metrics.pareto_front`, or ``maximize`` or ``log`` names something else.
+    """
+    from companion.metrics.trade_offs import look_up, objective, pareto_front
+
+    points = list(points)
+    up, logarithmic = ({names} if isinstance(names, str) else set(names) for names in (maximize, log))
+    for name in sorted((up | logarithmic) - {x, y}):
+        raise CompanionError(f"{name!r} is on no axis: they are {x!r} and {y!r}.")
+    front = pareto_front(points, maximize=up, minimize={x, y} - up)
+    places = [(objective(point, x, i), objective(point, y, i)) for i, point in enumerate(points)]
+    for name, values in zip((x, y), zip(*places, strict=True), strict=False):
+        if name in logarithmic and min(values) <= 0:
+            raise CompanionError(f"a logarithmic axis has no place for {name} {min(values):g}.")
+    best = [any(point is one for one in front) for point in points]
+    with rc_context(STYLE):
+        figure = Picture(figsize=(6.5, 4))
+        axis = figure.subplots()
+        # The edge of what the front dominates: from a point it goes towards the worse end of x first.
+        edge = sorted(place for place, on_front in zip(places, best, strict=True) if on_front)
+        step = "steps-pre" if x in up else "steps-post"
+        axis.plot(*np.reshape(edge, (-1, 2)).T, "o--", drawstyle=step, label="Pareto front")
+        rest = [place for place, on_front in zip(places, best, strict=True) if not on_front]
+        axis.plot(*np.reshape(rest, (-1, 2)).T, "o", color=COLOURS[0], markerfacecolor="white", label="dominated")
+        if label is not None:
+            for i, (point, place, on_front) in enumerate(zip(points, places, best, strict=True)):
+                # Towards the better corner, where the edge does not run; of dominated points the other way.
+                right, above = (x in up) == on_front, (y in up) == on_front
+                axis.annotate(
+                    str(look_up(point, label, i)),
+                    place,
+                    xytext=(4 if right else -4, 3 if above else -3),
+                    textcoords="offset points",
+                    ha="left" if right else "right",
+                    va="bottom" if above else "top",
+                    fontsize=9,
+                )
+        for name, side, which in ((x, axis.xaxis, "x"), (y, axis.yaxis, "y")):
+            text = f"{name} in {units[name]}" if units and name in units else name
+            # Beside the vertical axis the text is turned, and its arrow with it.
+            side.set_label_text(f"{text}   (better →)" if name in up else f"(← better)   {text}")
+            if name in logarithmic:
+                axis.set(**{f"{which}scale": "log"})
+                side.set_major_formatter("{x:g}")
+        axis.margins(0.15)
+        figure.legend(loc="outside upper right", ncols=2, frameon=False)
+    return figure
+
+
+def plot_roofline(found: Any, *, others: Iterable[Any] = ()) -> Picture:
+    """A `companion.metrics.Roofline`: each layer's FLOPS over its FLOPs per byte, under the roof of the machine.
+
+    Args:
+        found: the roofline; a symbol for each kind of layer, its area grows with the layer's share of the time.
+        others: roofs of other machines (`companion.metrics.ACCELERATORS`), without points: nothing was measured there.
+    """
+    layers, roof = found.layers, found.roof
+    total = sum(layer.measured for layer in layers)
+    kinds = list(dict.fromkeys(layer.kind for layer in layers))
+    spread = [layer.cost.intensity for layer in layers]
+    x = np.geomspace(min(spread) / 3, max(max(spread), *(r.ridge for r in (roof, *others))) * 3, 200)
+    with rc_context(STYLE):
+        figure = Picture(figsize=(8, 4.5))
+        axis = figure.subplots()
+        for each, line in zip((roof, *others), itertools.cycle(LINES)):
+            heights = np.minimum(each.bytes_per_second * x, each.flops_per_second)
+            axis.plot(x, heights, color="black" if each is roof else "gray", linestyle=line, label=each.name)
+        for kind, symbol, colour in zip(kinds, itertools.cycle("o^sDvP*X"), itertools.cycle(COLOURS)):
+            ours = [layer for layer in layers if layer.kind == kind]
+            axis.scatter(
+                [layer.cost.intensity for layer in ours],
+                [layer.flops_per_second for layer in ours],
+                s=[20 + 600 * layer.measured / total for layer in ours],
+                marker=symbol, facecolors="none", edgecolors=colour, linewidths=1.5, label=kind,
+            )  # fmt: skip
+        axis.set(xscale="log", yscale="log", xlabel="FLOPs per byte moved", ylabel="FLOPS")
+        for place, text in ((0.02, "← bound by memory"), (0.98, "bound by arithmetic →")):
+            axis.text(place, 0.02, text, transform=axis.transAxes, ha="left" if place < 0.5 else "right", fontsize=9)
+        handles, labels = axis.get_legend_handles_labels()
+        legend = figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=8)
+        for handle in legend.legend_handles:
+            if isinstance(handle, PathCollection):
+                handle.set_sizes([40])  # a symbol in the legend stands for a kind, not for a size
     return figure

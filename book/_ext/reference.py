@@ -83,7 +83,7 @@ def hide_colons(app, what, name, obj, options, lines):
     """Keep napoleon from taking what stands before a colon, in an attribute's or a Returns text, for a type."""
     in_returns = False
     for i, line in enumerate(lines):
-        if what == "attribute" or in_returns:
+        if what in ("attribute", "property") or in_returns:
             lines[i] = line.replace(":", COLON)
         in_returns = line.strip() == "Returns:"
 

@@ -30,8 +30,9 @@ def warp(
     scale: NDArray[np.float64],
     x: NDArray[np.float64],
     y: NDArray[np.float64],
+    size: int = SIZE,
 ) -> NDArray[np.float64]:
-    """Draw scans on a canvas, turned, scaled and shifted, with bilinear interpolation; around a scan is no ink.
+    """Draw scans on a square canvas, turned, scaled and shifted, with bilinear interpolation; around a scan is no ink.
 
     The same bytes come out on every machine: IEEE arithmetic gives + − × ÷ one exact answer everywhere,
     whereas sine and cosine differ in the last bit from one processor or library to the next. A rotation by
@@ -41,16 +42,17 @@ def warp(
         ink: scans [N, 8, 8].
         half_tangent: tan(a/2) per scan [N]; positive turns it clockwise.
         scale: size per scan [N]; at 1 a scan fills the canvas.
-        x: shift to the right per scan [N], in pixels of the scan (a quarter of the canvas').
+        x: shift to the right per scan [N], in pixels of the scan (an eighth of its side).
         y: shift downwards [N], likewise.
+        size: side of the canvas in pixels.
 
     Returns:
-        Ink [N, 32, 32] in 0..1.
+        Ink [N, size, size] in 0..1.
     """
     n, side = ink.shape[:2]
     t, scale, x, y = (value[:, None, None] for value in (half_tangent, scale, x, y))
     cos, sin = (1 - t * t) / (1 + t * t) / scale, 2 * t / (1 + t * t) / scale
-    centres = ((np.arange(SIZE) + 0.5) / SIZE - 0.5) * side  # of the canvas' pixels, from its middle
+    centres = ((np.arange(size) + 0.5) / size - 0.5) * side  # of the canvas' pixels, from its middle
     right, down = centres[None, None, :] - x, centres[None, :, None] - y
     # Where each pixel comes from. One blank row and column before the scan and two after take in all that is outside.
     column = np.clip(right * cos + down * sin + (side - 1) / 2 + 1, 0, side + 1)

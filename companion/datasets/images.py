@@ -4,8 +4,10 @@ import io
 import os
 import warnings
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,6 +15,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from companion.errors import CompanionError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"}
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP")
@@ -85,48 +90,84 @@ class Pictures(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         file = self.files[index]
-        name = f"{self.source.path}/{file}"
-        try:
-            data = self.source.read(file)
-        except OSError as error:
-            raise CompanionError(f"cannot read {name}: {error.strerror or error}.") from error
-        except Exception as error:  # besides BadZipFile each kind of compression has errors of its own
-            raise CompanionError(f"{name} is damaged: {error}.") from error
-        return decode(data, name, self.size), int(self.targets[index])
+        return decode(*read(self.source, file), self.size), int(self.targets[index])
 
 
-def decode(data: bytes, name: str, size: int) -> Tensor:
-    """Turn the bytes of an image file into float32 [3, size, size] in 0..1: upright (by EXIF), squeezed to a square.
+def read(source: Folder | Zip, file: str) -> tuple[bytes, str]:
+    """The bytes of an image file, and its name for messages.
+
+    Raises:
+        CompanionError: it cannot be read or unpacked.
+    """
+    name = f"{source.path}/{file}"
+    try:
+        return source.read(file), name
+    except OSError as error:
+        raise CompanionError(f"cannot read {name}: {error.strerror or error}.") from error
+    except Exception as error:  # besides BadZipFile each kind of compression has errors of its own
+        raise CompanionError(f"{name} is damaged: {error}.") from error
+
+
+@contextmanager
+def opened(data: bytes, name: str) -> "Iterator[Image]":
+    """Open the bytes of an image file; whatever goes wrong while it is decoded becomes one sentence.
 
     Raises:
         CompanionError: ``name`` is not a whole JPEG, PNG, WebP, BMP or GIF, or has absurdly many pixels.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd metadata
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data), formats=FORMATS) as file:
-                file.draft("RGB", (2 * size, 2 * size))  # a JPEG is decoded at ½, ¼ or ⅛, several times faster
-                mode, image = file.mode, ImageOps.exif_transpose(file).convert("RGB")
+                yield file
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise CompanionError(f"{name} has too many pixels for a photograph: make it smaller or remove it.") from error
     except Exception as error:  # decoders raise nearly anything on damaged data
         raise CompanionError(f"{name} is damaged or not an image: replace or remove it.") from error
+
+
+def decode(data: bytes, name: str, size: int | None = None) -> Tensor:
+    """Turn the bytes of an image file into float32 [3, H, W] in 0..1: upright (by EXIF), in 8 bits.
+
+    With a ``size`` it is squeezed to a square of so many pixels a side; without, it stays as large as it is.
+
+    Raises:
+        CompanionError: as `opened`, or ``name`` has 16 bits per pixel.
+    """
+    from PIL import Image, ImageOps
+
+    with opened(data, name) as file:
+        if size is not None:
+            file.draft("RGB", (2 * size, 2 * size))  # a JPEG is decoded at ½, ¼ or ⅛, several times faster
+        mode, image = file.mode, ImageOps.exif_transpose(file).convert("RGB")
     if mode.startswith("I"):  # Pillow's conversion would make nearly all of it white
         raise CompanionError(f"{name} has 16 bits per pixel: save it with 8.")
-    if image.size != (size, size):
+    if size is not None and image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float().div(255)
 
 
-def open_pictures(name: str, path: Path, split: str, size: int) -> Pictures:
-    """The pictures of one split; their classes are the names of the folders that they lie in.
+def decode_mask(data: bytes, name: str) -> Tensor:
+    """Turn the bytes of a mask into class numbers, uint8 [H, W]: gray levels, or places in a palette.
 
     Raises:
-        CompanionError: nothing there, a damaged zip, no images, an absurdly large file, fewer than two
-            classes, or other classes in one split than in the other.
+        CompanionError: as `opened`, or ``name`` has no class numbers because it is in colour, or 16 bits per pixel.
+    """
+    with opened(data, name) as file:
+        mode, mask = file.mode, np.array(file)
+    if mode not in ("L", "P"):
+        raise CompanionError(f"{name} is no mask: save it with one byte per pixel, the number of its class.")
+    return torch.from_numpy(mask)
+
+
+def open_source(path: Path) -> tuple[Folder | Zip, list[str]]:
+    """The images of a folder or zip, and their names in order.
+
+    Raises:
+        CompanionError: nothing there, a damaged zip, no images, or an absurdly large file.
     """
     if not path.exists():
         raise CompanionError(f"there is no folder or zip {path}.")
@@ -142,7 +183,17 @@ def open_pictures(name: str, path: Path, split: str, size: int) -> Pictures:
             raise CompanionError(f"{path}/{file} has {size_in_bytes >> 20} MiB, too much for an image: remove it.")
     if not files:
         raise CompanionError(f"{path} holds no images: put JPEG, PNG, WebP, BMP or GIF files into a folder per class.")
-    splits = _splits(path, sorted(files))
+    return source, sorted(files)
+
+
+def open_pictures(name: str, path: Path, split: str, size: int) -> Pictures:
+    """The pictures of one split; their classes are the names of the folders that they lie in.
+
+    Raises:
+        CompanionError: as `open_source`, fewer than two classes, or other classes in one split than in the other.
+    """
+    source, files = open_source(path)
+    splits = _splits(path, files)
     labels = _labels(path, splits)
     members = sorted((file, labels.index(label)) for label, files in splits[split].items() for file in files)
     return Pictures(name, source, dict(members), labels, size)
@@ -157,14 +208,19 @@ def _is_image(name: str) -> bool:
 Classes = dict[str, list[str]]  # the files of each class
 
 
-def _splits(path: Path, files: list[str]) -> dict[str, Classes]:
+def unwrapped(files: list[str]) -> dict[str, list[str]]:
+    """Each file's folders and name, without the folders around everything that zips often have."""
     parts = {file: file.split("/") for file in files}
     while True:
-        folders = {p[0].lower(): p[0] for p in parts.values() if len(p) > 1}
-        # One folder around everything, as zips often have, is no class: there are folders below it.
-        if len(folders) != 1 or max(map(len, parts.values())) < 3:
-            break
+        # Such a folder is no class: there are folders below it.
+        if len({p[0] for p in parts.values() if len(p) > 1}) != 1 or max(map(len, parts.values())) < 3:
+            return parts
         parts = {file: p[1:] for file, p in parts.items() if len(p) > 1}
+
+
+def _splits(path: Path, files: list[str]) -> dict[str, Classes]:
+    parts = unwrapped(files)
+    folders = {p[0].lower(): p[0] for p in parts.values() if len(p) > 1}
     train, test = (
         next((folders[name] for name in names if name in folders), None) for names in (TRAIN_FOLDERS, TEST_FOLDERS)
     )

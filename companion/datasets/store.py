@@ -7,8 +7,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
-import companion
-from companion.errors import CompanionError
+from companion.files import shipped
 
 
 def data_folder() -> Path:
@@ -27,21 +26,8 @@ def data_folder() -> Path:
     return Path(os.path.expanduser(cache)) / "companion"
 
 
-def shipped(name: str) -> Path:
-    """The path of a file that the project ships: in ``data/`` of a checkout, in ``_data`` of an installed package.
-
-    Raises:
-        CompanionError: there is no such file.
-    """
-    package = Path(companion.__file__).parent
-    for folder in (package / "_data", package.parent / "data"):
-        if (folder / name).is_file():
-            return folder / name
-    raise CompanionError(f"the file {name} that companion ships is missing: install companion again.")
-
-
 def manifest() -> dict[str, Any]:
-    """Checksums of what is shipped, generated and downloaded: ``data/manifest.json``."""
+    """Checksums of what is shipped (results apart), generated and downloaded: ``data/manifest.json``."""
     table: dict[str, Any] = json.loads(shipped("manifest.json").read_text(encoding="utf-8"))
     return table
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from companion.errors import CompanionError
-from companion.models import cnn, layers, resnet
+from companion.models import cnn, layers, resnet, segmentation
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,23 @@ _NETWORKS = {
     "resnet50": _Network(
         partial(_BOTTLENECK, (3, 4, 6, 3), _IMAGENET_STEM), {"width": 64, **_IMAGENET}, image_size=224
     ),
+    # One class for each digit and one for what is around them, as in digit_scenes.
+    "unet": _Network(
+        segmentation.UNet, {"width": 8, "depth": 3, **_CIFAR, "classes": 11}, task="segment", image_size=96
+    ),
+    # Howard et al. (2019) and Long et al. (2015), as torchvision builds them; it publishes their cost for 520×520.
+    "lraspp_mobilenet_v3_large": _Network(
+        partial(segmentation.TorchvisionNetwork, "lraspp_mobilenet_v3_large"),
+        {**_IMAGENET, "classes": 11},
+        task="segment",
+        image_size=520,
+    ),
+    "fcn_resnet50": _Network(
+        partial(segmentation.TorchvisionNetwork, "fcn_resnet50"),
+        {**_IMAGENET, "classes": 11},
+        task="segment",
+        image_size=520,
+    ),
 }
 
 
@@ -82,7 +99,7 @@ def _finite(value: Any) -> bool:
 
 
 _ALLOWED = {
-    **dict.fromkeys(("classes", "hidden", "image_size", "width"), _Allowed("a whole number from 1", _count)),
+    **dict.fromkeys(("classes", "depth", "hidden", "image_size", "width"), _Allowed("a whole number from 1", _count)),
     "channels": _Allowed("whole numbers from 1", lambda value: _sequence(value, _count)),
     "mean": _Allowed("three numbers", lambda value: _sequence(value, _finite) and len(value) == 3),
     "std": _Allowed(

@@ -1,6 +1,8 @@
-"""Random changes to a batch of images [N, C, H, W] that keep its labels right, drawn from torch's global generator."""
+"""Random changes to a batch of images [N, C, H, W] that keep its targets right, drawn from torch's global generator."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,40 +11,67 @@ from torch.nn.functional import pad
 from companion.errors import CompanionError
 
 PADDING = 4  # pixels on each side, as in He et al. (2016), section 4.2
+VOID = 255  # the class of a mask's pixels that neither loss nor score counts
 
 
-def shift(images: Tensor) -> Tensor:
-    """Shift each image by up to 4 pixels in both directions; what it leaves behind fills with zeros (black).
+@dataclass(frozen=True)
+class Placement:
+    """Where each pixel comes from: its row [N, H] and column [N, W] in the image with 4 more pixels on each side."""
 
-    One gather for the whole batch, so that it costs next to nothing beside a training step.
-    """
-    n, _, height, width = images.shape
-    padded = pad(images, [PADDING] * 4)
-    top, left = torch.randint(0, 2 * PADDING + 1, (2, n, 1)).to(images.device)
-    rows = top + torch.arange(height, device=images.device)  # [N, H]
-    columns = left + torch.arange(width, device=images.device)  # [N, W]
-    batch = torch.arange(n, device=images.device)
-    # Indices on both sides of the slice put the channels last: [N, H, W, C].
-    return padded[batch[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    rows: Tensor
+    columns: Tensor
+
+    def __call__(self, images: Tensor, outside: float = 0) -> Tensor:
+        """Images or masks [N, C, H, W], placed so; what comes from outside is filled.
+
+        One gather for the whole batch, so that it costs next to nothing beside a training step.
+        """
+        padded = pad(images, [PADDING] * 4, value=outside)
+        batch = torch.arange(len(images), device=images.device)
+        rows, columns = self.rows.to(images.device), self.columns.to(images.device)
+        # Indices on both sides of the slice put the channels last: [N, H, W, C].
+        return padded[batch[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-def shift_flip(images: Tensor) -> Tensor:
+def shift(n: int, height: int, width: int) -> Placement:
+    """Shift each image by up to 4 pixels in both directions; what it leaves behind is black, and void in a mask."""
+    top, left = torch.randint(0, 2 * PADDING + 1, (2, n, 1))
+    return Placement(top + torch.arange(height), left + torch.arange(width))
+
+
+def shift_flip(n: int, height: int, width: int) -> Placement:
     """`shift`, and half of the images mirrored left to right: for photographs, not for digits."""
-    mirrored = (torch.rand(len(images), 1, 1, 1) < 0.5).to(images.device)
-    return shift(torch.where(mirrored, images.flip(3), images))
+    mirrored = torch.rand(n, 1) < 0.5
+    shifted = shift(n, height, width)
+    last = width + 2 * PADDING - 1
+    return Placement(shifted.rows, torch.where(mirrored, last - shifted.columns, shifted.columns))
 
 
-AUGMENTATIONS: dict[str, Callable[[Tensor], Tensor]] = {"shift": shift, "shift_flip": shift_flip}
+AUGMENTATIONS: dict[str, Callable[[int, int, int], Placement]] = {"shift": shift, "shift_flip": shift_flip}
 
 
-def augmentation(name: str | None) -> Callable[[Tensor], Tensor]:
-    """The augmentation called ``name``; None changes nothing.
+def augmentation(
+    name: str | None, follow: Callable[[Any, Placement], Any] | None
+) -> Callable[[Any, Any], tuple[Any, Any]]:
+    """The augmentation called ``name`` of a batch's images and targets; None changes nothing.
+
+    Args:
+        name: ``shift``, ``shift_flip`` or None.
+        follow: what becomes of the targets when the images are placed otherwise; None if there is no saying.
 
     Raises:
-        CompanionError: no such augmentation.
+        CompanionError: no such augmentation, or targets that cannot follow.
     """
     if name is None:
-        return lambda images: images
+        return lambda images, targets: (images, targets)
     if name not in AUGMENTATIONS:
         raise CompanionError(f"there is no augmentation {name!r}: choose one of {', '.join(AUGMENTATIONS)}.")
-    return AUGMENTATIONS[name]
+    if follow is None:
+        raise CompanionError(f"the augmentation {name!r} is for images with labels or masks: choose None.")
+
+    def change(images: Tensor, targets: Any) -> tuple[Tensor, Any]:
+        n, _, height, width = images.shape
+        placement = AUGMENTATIONS[name](n, height, width)
+        return placement(images), follow(targets, placement)
+
+    return change

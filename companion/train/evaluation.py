@@ -16,8 +16,6 @@ from companion.train.batches import Batches, own_randomness
 from companion.train.device import move, pick_device, placed
 from companion.train.tasks import Task, attribute, task_of
 
-EVALUATION_BATCH = 256  # no gradients are kept, so a larger batch than in training fits
-
 
 @dataclass(frozen=True)
 class Scores:
@@ -25,7 +23,7 @@ class Scores:
 
     samples: int
     loss: float
-    """Mean over the samples."""
+    """Mean over the samples; of masks, over all pixels that are not void."""
     metrics: dict[str, float]
     """Scores by name, in 0..1, the task's main one first."""
 
@@ -39,7 +37,7 @@ def evaluate(
     model: nn.Module,
     data: Any,
     *,
-    batch_size: int = EVALUATION_BATCH,
+    batch_size: int | None = None,
     precision: str = "fp32",
     device: str | torch.device | None = None,
     num_workers: int = 0,
@@ -50,7 +48,8 @@ def evaluate(
     Args:
         model: takes a batch of the data's samples.
         data: a data set of companion.datasets, or any map-style one of (input, target) samples.
-        batch_size, precision, device, num_workers, progress: as in `fit`.
+        batch_size: samples at a time; 256, of masks 32, if not given.
+        precision, device, num_workers, progress: as in `fit`.
 
     Raises:
         CompanionError: data that does not fit the network, or a sample that cannot be read.
@@ -64,7 +63,7 @@ def predict(
     model: nn.Module,
     data: Any,
     *,
-    batch_size: int = EVALUATION_BATCH,
+    batch_size: int | None = None,
     precision: str = "fp32",
     device: str | torch.device | None = None,
     num_workers: int = 0,
@@ -119,18 +118,20 @@ def check_match(model: nn.Module, data: Any) -> None:
 def _evaluation(
     model: nn.Module,
     data: Any,
-    batch_size: int,
+    batch_size: int | None,
     precision: str,
     device: str | torch.device | None,
     num_workers: int,
     progress: bool,
 ) -> Iterator[tuple[Precision, Iterator[Any]]]:
     """What `evaluate` and `predict` share: everything checked, the network in place, the batches of the data."""
+    task = task_of(data)
+    batch_size = task.evaluation_batch if batch_size is None else batch_size
     if batch_size < 1:
         raise CompanionError(f"batch_size is {batch_size}: give a whole number from 1.")
     policy = Precision.named(precision, pick_device(device))
     check_match(model, data)
-    batches = Batches(data, batch_size, task_of(data).collate, seed=0, shuffle=False)
+    batches = Batches(data, batch_size, task.collate, seed=0, shuffle=False)
     modes = {module: module.training for module in model.modules()}
     with placed(model, policy.device), own_randomness():
         stream = batches.iterate(range(batches.steps), num_workers=num_workers, pin_memory=policy.pin_memory)
@@ -160,10 +161,13 @@ def _forward(model: nn.Module, stream: Iterator[Any], policy: Precision) -> Iter
 
 def score(model: nn.Module, stream: Iterator[Any], task: Task, policy: Precision) -> Scores:
     """Loss and scores over the batches of a stream; leaves the network in evaluation mode."""
-    meter, loss_sum, samples = task.meter(), 0.0, 0
+    meter, loss_sum, weight_sum, samples = task.meter(), 0.0, 0, 0
     for outputs, targets in _forward(model, stream, policy):
         meter.update(outputs, targets)
+        weight = task.weight(targets)
         with policy.autocast():  # which computes losses in float32, even of 16-bit outputs
-            loss_sum += task.loss(model, outputs, targets).item() * len(targets)
+            loss_sum += task.loss(model, outputs, targets).item() * weight
+        weight_sum += weight
         samples += len(targets)
-    return Scores(samples, loss_sum / samples, meter.compute())
+    metrics = meter.compute()  # refuses what has nothing to judge by
+    return Scores(samples, loss_sum / weight_sum, metrics)

@@ -34,7 +34,7 @@ from companion.train.batches import (
     seed_everything,
 )
 from companion.train.device import move, pick_device, placed
-from companion.train.evaluation import EVALUATION_BATCH, Scores, check_match, score
+from companion.train.evaluation import Scores, check_match, score
 from companion.train.tasks import Task, attribute, task_of
 
 WARM_UP = 0.05  # share of the steps in which the learning rate rises to its peak
@@ -49,11 +49,11 @@ class Epoch:
     learning_rate: float
     """At the epoch's last step."""
     train_loss: float
-    """Mean over the epoch's samples, while the weights were changing."""
+    """Mean over the epoch's samples (of masks: pixels that are not void), while the weights were changing."""
     validation_loss: float | None
-    """Mean over the validation split after the epoch; None without one."""
+    """The same of the validation split, after the epoch; None without one."""
     validation_score: float | None
-    """The task's score (accuracy in 0..1) on the validation split after the epoch."""
+    """The task's main score in 0..1 (accuracy, mean IoU) on the validation split after the epoch."""
     seconds: float
     """Wall time of the epoch, validation included; of a resumed epoch, the part after the resume."""
 
@@ -144,7 +144,7 @@ def fit(
     task = task_of(train_data)
     check_match(model, train_data)
     augment = attribute(train_data, "augmentation") if augment == "default" else augment
-    change = augmentation(augment)
+    change = augmentation(augment, task.follow)
     training, held_out = _hold_out(train_data, validation, seed)
     settings = {
         **_identity(model),
@@ -188,7 +188,7 @@ def fit(
         stream = batches.iterate(range(run.step, total), num_workers=num_workers, pin_memory=policy.pin_memory)
         validations: Iterator[Any] = iter(())
         if held_out is not None:
-            held_out_batches = Batches(held_out, EVALUATION_BATCH, task.collate, seed, shuffle=False)
+            held_out_batches = Batches(held_out, task.evaluation_batch, task.collate, seed, shuffle=False)
             done = len(run.epochs) * held_out_batches.steps
             validations = held_out_batches.iterate(
                 range(done, epochs * held_out_batches.steps),
@@ -204,9 +204,11 @@ def fit(
                 seed_everything(derive_seed(seed, STEP, run.step))
                 for group in optimizer.param_groups:
                     group["lr"] = lr * schedule(run.step, total)
-                inputs, targets = move(inputs, policy.device), move(targets, policy.device)
-                loss = train_step(model, change(inputs), targets, task, policy, optimizer, scaler)
-                loss_sum += loss * len(targets)
+                inputs, targets = change(move(inputs, policy.device), move(targets, policy.device))
+                loss = train_step(model, inputs, targets, task, policy, optimizer, scaler)
+                weight = task.weight(targets)
+                loss_sum += loss * weight
+                run.weight_sum += weight
                 run.step += 1
                 bar.update()
 
@@ -225,13 +227,13 @@ def fit(
                         validated = score(model, islice(validations, held_out_batches.steps), task, policy)
                         model.train()
                         bar.set_postfix(validation=f"{validated.main:.3f}")
-                    epoch = run.end_epoch(
-                        model, optimizer, loss_sum.item() / len(training), validated, time.monotonic() - epoch_started
-                    )
+                    train_loss = loss_sum.item() / max(1, run.weight_sum)
+                    epoch = run.end_epoch(model, optimizer, train_loss, validated, time.monotonic() - epoch_started)
                     if on_epoch is not None:
                         with bar.external_write_mode():
                             on_epoch(epoch)
                     loss_sum.zero_()
+                    run.weight_sum = 0
                     epoch_started = time.monotonic()
                 if saves:
                     run.loss_sum = loss_sum.item()
@@ -278,6 +280,7 @@ class _Run:
 
     step: int = 0
     loss_sum: float = 0.0
+    weight_sum: int = 0
     epochs: list[dict[str, Any]] = field(default_factory=list)
     best: dict[str, Any] | None = None
 

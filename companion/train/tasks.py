@@ -4,11 +4,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import ConcatDataset, Subset, default_collate
 
 from companion.errors import CompanionError
+from companion.train.augment import VOID, Placement
 
 
 class Meter(Protocol):
@@ -35,8 +37,57 @@ class Accuracy:
         return {"accuracy": self.right / self.total}
 
 
+class Overlap:
+    """Mean intersection over union, and the share of right pixels, of scores [N, classes, H, W] against masks [N, H, W].
+
+    Both are exact over all pixels of the data set; those marked void (255) count in neither. A class's intersection
+    over union is, of the pixels that it has in the mask or in the prediction, the share that it has in both. The
+    mean is over the classes that have any such pixel (Everingham et al., The Pascal Visual Object Classes Challenge:
+    A Retrospective, 2015, section 2.3; scikit-learn's ``jaccard_score`` with ``average="macro"``).
+    """
+
+    def __init__(self) -> None:
+        self.confusion = torch.zeros(0, 0, dtype=torch.int64)
+        """Pixels by class in the mask (row) and in the prediction (column), int64 [classes, classes]."""
+
+    def update(self, outputs: Tensor, targets: Tensor) -> None:
+        classes = outputs.shape[1]
+        counted = targets != VOID
+        pairs = targets[counted] * classes + outputs.argmax(1)[counted]
+        counts = pairs.bincount(minlength=classes**2).reshape(classes, classes).cpu()
+        self.confusion = self.confusion + counts if len(self.confusion) else counts
+
+    def compute(self) -> dict[str, float]:
+        """``mean_iou`` and ``pixel_accuracy``.
+
+        Raises:
+            CompanionError: all pixels are void.
+        """
+        both = self.confusion.diagonal().double()
+        either = self.confusion.sum(0) + self.confusion.sum(1) - both
+        occurs = either > 0
+        if not occurs.any():
+            raise CompanionError("the masks have nothing to judge by: all their pixels are void (255).")
+        mean_iou = (both[occurs] / either[occurs]).mean().item()
+        return {"mean_iou": mean_iou, "pixel_accuracy": (both.sum() / self.confusion.sum()).item()}
+
+
 def _classification_loss(model: nn.Module, outputs: Tensor, targets: Tensor) -> Tensor:
     return cross_entropy(outputs, targets)
+
+
+def _segmentation_loss(model: nn.Module, outputs: Tensor, targets: Tensor) -> Tensor:
+    # Not reduction="mean", which is 0/0 for a batch of nothing but void.
+    return cross_entropy(outputs, targets, ignore_index=VOID, reduction="sum") / (targets != VOID).sum().clamp(min=1)
+
+
+def _segmentation_batch(samples: list[Any]) -> tuple[Tensor, Tensor]:
+    shapes = {tuple(value.shape[-2:]) for sample in samples for value in sample}
+    if len(shapes) > 1:
+        sizes = " and ".join(f"{width}×{height}" for height, width in sorted(shapes))
+        raise CompanionError(f"images and masks of a batch must have one size, not {sizes} pixels.")
+    images, masks = default_collate(samples)
+    return images, masks
 
 
 @dataclass(frozen=True)
@@ -48,9 +99,25 @@ class Task:
     loss: Callable[[nn.Module, Any, Any], Tensor]
     """(network, outputs, targets) → mean loss of the batch; the network, because a detector brings its own."""
     meter: Callable[[], Meter]
+    weight: Callable[[Any], int] = len
+    """What the mean loss of a batch with these targets weighs in the mean of all: its samples, or what else it is over."""
+    follow: Callable[[Any, Placement], Any] | None = None
+    """Targets, after augmentation has placed the pictures otherwise; None: this task has no augmentation."""
+    evaluation_batch: int = 256
+    """Samples at a time when no gradients are kept."""
 
 
-TASKS = {"classify": Task(default_collate, _classification_loss, Accuracy)}
+TASKS = {
+    "classify": Task(default_collate, _classification_loss, Accuracy, follow=lambda labels, _: labels),
+    "segment": Task(
+        _segmentation_batch,
+        _segmentation_loss,
+        Overlap,
+        weight=lambda masks: int((masks != VOID).sum()),
+        follow=lambda masks, placement: placement(masks[:, None], VOID)[:, 0],
+        evaluation_batch=32,  # every level of the network keeps a picture of many channels
+    ),
+}
 
 
 def attribute(data: Any, name: str, default: Any = None) -> Any:

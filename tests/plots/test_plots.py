@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from companion import plots, train
+from companion import CompanionError, plots, train
+from companion.metrics.trade_offs import pareto_front
 
 
 def test_a_picture_is_a_png_on_white_paper_of_its_size():
@@ -45,6 +46,88 @@ def test_confusion_counts_by_hand():
     found = {text.get_position(): text.get_text() for text in axis.texts}  # (column, row)
     assert found == {(0, 0): "2", (1, 0): "1", (1, 1): "1", (0, 2): "1"}
     assert [tick.get_text() for tick in axis.get_xticklabels()] == ["x", "y", "z"]
+
+
+NETWORKS = [
+    {"name": "b", "ms": 4.0, "accuracy": 92},
+    {"name": "a", "ms": 1.0, "accuracy": 90},
+    {"name": "c", "ms": 3.0, "accuracy": 91},
+    {"name": "d", "ms": 5.0, "accuracy": 91},
+]
+
+
+def texts(axis):
+    return {text.get_text(): text for text in axis.texts}
+
+
+def test_trade_offs_draw_the_front_as_steps_and_the_rest_hollow():
+    axis = plots.plot_trade_off(NETWORKS, x="ms", y="accuracy", maximize="accuracy").axes[0]
+    front, rest = axis.lines
+    assert front.get_xydata().tolist() == [[1, 90], [3, 91], [4, 92]]
+    assert rest.get_xydata().tolist() == [[5, 91]]
+    # 90 % until something better is fast enough: the step is at the next point.
+    assert front.get_drawstyle() == "steps-post"
+    assert front.get_markerfacecolor() == front.get_color() == rest.get_color()
+    assert (rest.get_markerfacecolor(), rest.get_linestyle()) == ("white", "None")
+
+
+@pytest.mark.parametrize(
+    ("maximize", "x_label", "y_label", "step"),
+    [
+        ("accuracy", "(← better)   ms", "accuracy   (better →)", "steps-post"),
+        ([], "(← better)   ms", "(← better)   accuracy", "steps-post"),
+        (["ms"], "ms   (better →)", "(← better)   accuracy", "steps-pre"),
+        (["accuracy", "ms"], "ms   (better →)", "accuracy   (better →)", "steps-pre"),
+    ],
+)
+def test_axes_say_which_way_is_better(maximize, x_label, y_label, step):
+    axis = plots.plot_trade_off(NETWORKS, x="ms", y="accuracy", maximize=maximize).axes[0]
+    assert (axis.get_xlabel(), axis.get_ylabel()) == (x_label, y_label)
+    assert axis.lines[0].get_drawstyle() == step
+    minimize = {"ms", "accuracy"} - ({maximize} if isinstance(maximize, str) else set(maximize))
+    front = pareto_front(NETWORKS, maximize=maximize, minimize=minimize)
+    drawn = axis.lines[0].get_xydata().tolist()
+    assert drawn == sorted([point["ms"], point["accuracy"]] for point in front)
+    rest = axis.lines[1].get_xydata().tolist()
+    assert len(drawn) + len(rest) == len(NETWORKS)
+
+
+def test_labels_stand_on_the_better_side_of_the_front_and_on_the_other_of_the_rest():
+    axis = plots.plot_trade_off(NETWORKS, x="ms", y="accuracy", maximize="accuracy", label="name").axes[0]
+    assert {name: text.xy for name, text in texts(axis).items()} == {
+        point["name"]: (point["ms"], point["accuracy"]) for point in NETWORKS
+    }
+    sides = {name: (text.get_ha(), text.get_va()) for name, text in texts(axis).items()}
+    assert sides == dict.fromkeys("abc", ("right", "bottom")) | {"d": ("left", "top")}
+
+
+def test_trade_offs_with_units_and_logarithms():
+    picture = plots.plot_trade_off(NETWORKS, x="ms", y="accuracy", units={"accuracy": "%"}, log="ms")
+    axis = picture.axes[0]
+    assert (axis.get_xscale(), axis.get_yscale(), axis.get_ylabel()) == ("log", "linear", "(← better)   accuracy in %")
+    assert picture._repr_png_()
+    assert "1" in [text.get_text() for text in axis.get_xticklabels()]  # not 10⁰
+
+
+def test_no_points_make_an_empty_trade_off():
+    assert plots.plot_trade_off([], x="ms", y="accuracy", log=["ms"], label="name")._repr_png_()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"maximize": "energy"}, "'energy' is on no axis: they are 'ms' and 'accuracy'."),
+        ({"log": ["bytes"]}, "'bytes' is on no axis: they are 'ms' and 'accuracy'."),
+        ({"x": "bytes"}, "point 0 has no 'bytes'."),
+        ({"label": "title"}, "point 0 has no 'title'."),
+        ({"x": "zero", "log": "zero"}, "a logarithmic axis has no place for zero 0."),
+    ],
+)
+def test_trade_offs_that_cannot_be_drawn(options, message):
+    points = [{**point, "zero": 0} for point in NETWORKS]
+    with pytest.raises(CompanionError) as caught:
+        plots.plot_trade_off(points, **({"x": "ms", "y": "accuracy"} | options))
+    assert str(caught.value) == message
 
 
 def test_drawing_needs_no_pyplot():

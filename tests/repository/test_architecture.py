@@ -14,12 +14,13 @@ PACKAGE = Path(__file__).parents[2] / "companion"
 # From the bottom up: a room may import from lower layers and from its own, never from a higher one.
 LAYERS = [
     {"errors"},
-    {"files", "plots", "progress"},
+    {"files", "progress", "units"},
     {"datasets", "models", "metrics"},
+    {"plots"},
     {"train", "engines"},
     {"compress"},
     {"detect", "serve"},
-    {"doctor", "check"},
+    {"doctor", "check", "profile", "bench"},
     {"cli"},
     {"__main__"},
 ]

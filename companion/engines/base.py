@@ -1,0 +1,196 @@
+"""What every engine has in common: named inputs and outputs, NumPy in and out, and the checks of what comes in."""
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from companion.errors import CompanionError
+
+# Beside what the file says stands how to read it, under this key.
+FORMAT_KEY, FORMAT = "companion", "1"
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """An input or an output of an engine."""
+
+    name: str
+    dtype: str
+    """As NumPy calls it: ``float32``, ``int64``, …"""
+    shape: tuple[int | None, ...]
+    """None where any size will do; the first dimension is the batch."""
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.dtype} {_shape_text(self.shape)}"
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What a network's file says besides the network; None where it says nothing."""
+
+    model: str | None = None
+    """The name that `companion.models.create` knows, or the class of a network that is not ours."""
+    configuration: dict[str, Any] | None = None
+    """The arguments that built it; of our networks only."""
+    task: str | None = None
+    """``classify``, ``text``, ``segment`` or ``detect``."""
+    labels: tuple[str, ...] | None = None
+    """Class names in the order of the outputs."""
+    vocabulary: tuple[str, ...] | None = None
+    """For text: the words, in the order of their ids."""
+    input_size: tuple[int, ...] | None = None
+    """Shape of one sample of the first input: (3, 32, 32) for images [N, 3, 32, 32]."""
+
+    def to_text(self) -> dict[str, str]:
+        """Keys and texts, as file formats store them; what is not text itself is JSON."""
+        said = {key: value for key, value in asdict(self).items() if value is not None}
+        as_text = {k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in said.items()}
+        return {FORMAT_KEY: FORMAT, **as_text}
+
+    @classmethod
+    def from_text(cls, texts: Mapping[str, str]) -> Self:
+        """What `to_text` wrote; nothing if somebody else wrote it.
+
+        Raises:
+            CompanionError: damaged, or written by a later companion.
+        """
+        if FORMAT_KEY not in texts:
+            return cls()
+        if texts[FORMAT_KEY] != FORMAT:
+            raise CompanionError(
+                f"its description has the format {texts[FORMAT_KEY]!r}, not {FORMAT!r}: export it again."
+            )
+        found: dict[str, Any] = {}
+        try:
+            for field in fields(cls):
+                if (text := texts.get(field.name)) is not None:
+                    found[field.name] = text if field.name in ("model", "task") else json.loads(text)
+            for name, kind in (("labels", str), ("vocabulary", str), ("input_size", int)):
+                if name in found:
+                    found[name] = _tuple_of(kind, found[name])
+            if "configuration" in found:
+                items = found["configuration"].items()
+                found["configuration"] = {k: tuple(v) if isinstance(v, list) else v for k, v in items}
+        except (AttributeError, TypeError, ValueError, RecursionError) as error:
+            raise CompanionError(f"its description is damaged: {error}.") from error
+        return cls(**found)
+
+
+def _tuple_of(kind: type, values: Any) -> tuple[Any, ...]:
+    if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
+        raise TypeError(f"{values!r} is no list of {kind.__name__}")
+    return tuple(values)
+
+
+class Engine(ABC):
+    """Runs one network. NumPy arrays by name in, NumPy arrays by name out.
+
+    An engine frees what it holds at `close` or at the end of a ``with`` block. A subclass says in its ``__init__``
+    what goes in and out, and writes `_run` and `_release`; the checks stand here.
+    """
+
+    def __init__(
+        self, name: str, inputs: Sequence[TensorInfo], outputs: Sequence[TensorInfo], metadata: Metadata
+    ) -> None:
+        self.name = name
+        self.inputs = tuple(inputs)
+        self.outputs = tuple(outputs)
+        self.metadata = metadata
+        self._closed = False
+
+    @abstractmethod
+    def _run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The outputs for inputs that were checked: all there, C-contiguous, of the right dtypes and shapes."""
+
+    @abstractmethod
+    def _release(self) -> None:
+        """Let go of everything that takes memory."""
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Compute the outputs.
+
+        Args:
+            inputs: an array for each of ``self.inputs``, of its dtype and shape, in any memory layout.
+
+        Returns:
+            An array for each of ``self.outputs``.
+
+        Raises:
+            CompanionError: the engine is closed; an input is missing, unknown, empty, no array, or of another dtype or
+                shape; or the network cannot compute these values (a word id outside the vocabulary, say).
+        """
+        if self._closed:
+            raise CompanionError(f"this {self.name} engine is closed: load it again.")
+        checked = self._check(inputs)
+        try:
+            return self._run(checked)
+        except CompanionError:
+            raise
+        except Exception as error:  # every runtime raises exceptions of its own
+            raise CompanionError(f"{self.name} cannot run on these inputs: {reason(error)}.") from error
+
+    def _check(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        if not isinstance(inputs, Mapping):
+            raise CompanionError(f"run takes a dict of arrays by input name, not {type(inputs).__name__}.")
+        names = [info.name for info in self.inputs]
+        if unknown := [name for name in inputs if name not in names]:
+            raise CompanionError(f"there is no input {unknown[0]!r}: this network takes {', '.join(names)}.")
+        if missing := [name for name in names if name not in inputs]:
+            raise CompanionError(f"the input {missing[0]!r} is missing: this network takes {', '.join(names)}.")
+        return {info.name: _check_array(info, inputs[info.name]) for info in self.inputs}
+
+    def close(self) -> None:
+        """Free what the engine holds; it cannot run afterwards. Closing twice does no harm."""
+        if not self._closed:
+            self._closed = True
+            self._release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        sides = (", ".join(map(str, side)) for side in (self.inputs, self.outputs))
+        return f"<{self.name} engine: {' → '.join(sides)}>"
+
+
+def _check_array(info: TensorInfo, array: Any) -> np.ndarray:
+    if not isinstance(array, np.ndarray):
+        raise CompanionError(f"the input {info.name!r} must be a NumPy array, not {type(array).__name__}.")
+    if array.dtype != np.dtype(info.dtype):
+        raise CompanionError(
+            f"the input {info.name!r} must be {info.dtype}, not {array.dtype}: "
+            f"convert it with .astype({info.dtype!r}), and mind the range of its values."
+        )
+    fits = len(array.shape) == len(info.shape) and all(
+        wanted is None or wanted == found for wanted, found in zip(info.shape, array.shape, strict=True)
+    )
+    if not fits:
+        raise CompanionError(
+            f"the input {info.name!r} must have the shape {_shape_text(info.shape)}, not {_shape_text(array.shape)}."
+        )
+    if array.size == 0:
+        raise CompanionError(
+            f"the input {info.name!r} is empty, shape {_shape_text(array.shape)}: give one sample or more."
+        )
+    return np.asarray(array, order="C")
+
+
+def _shape_text(shape: Sequence[int | None]) -> str:
+    """[N, 3, any, 224]: N for a batch of any size."""
+    free = ["N"] + ["any"] * len(shape)
+    return f"[{', '.join(free[i] if size is None else str(size) for i, size in enumerate(shape))}]"
+
+
+def reason(error: BaseException) -> str:
+    """The first line of what an exception says, without its full stop, to be part of a sentence."""
+    return str(error).strip().partition("\n")[0].rstrip(" .:") or type(error).__name__

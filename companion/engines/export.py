@@ -1,0 +1,229 @@
+"""From a torch network to one ONNX file that every engine reads, checked before it is there."""
+
+import io
+import logging
+import math
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from companion.engines.base import Metadata, reason
+from companion.engines.network import check_batch, flatten, metadata_of, own_copy
+from companion.errors import CompanionError
+from companion.files import check_writable, replacing
+from companion.metrics import model_bytes
+from companion.metrics.probe import call
+
+# ONNX is stored as protobuf, whose messages end at 2 GiB; a mebibyte is left for the graph.
+MAX_BYTES = 2**31 - 2**20
+OPSET = 20  # what torch 2.14 exports by default, and every engine of the course reads
+BATCHES = (1, 7)  # batch sizes tried besides the example's
+
+
+@dataclass(frozen=True)
+class Export:
+    """A file that `export_onnx` wrote."""
+
+    path: Path
+    bytes: int
+    """Its size."""
+    largest_difference: float
+    """From torch's answers, relative to the largest of them where that is above 1."""
+    batches: tuple[int, ...]
+    """The batch sizes at which it was looked for."""
+
+
+def export_onnx(
+    model: nn.Module,
+    example: Any,
+    path: str | os.PathLike[str],
+    *,
+    labels: Sequence[str] | None = None,
+    task: str | None = None,
+    opset: int = OPSET,
+    tolerance: float = 1e-4,
+) -> Export:
+    """Write ``model`` to an ``.onnx`` file: weights inside, a batch of any size, a description, checked against torch.
+
+    The file appears only after ONNX Runtime has given torch's answers for the example and for random inputs. Equal
+    networks make equal files, and nothing of this machine is in them. Inputs and outputs are called ``input`` and
+    ``output``; of several in a tuple ``input_0``, ``input_1``, in a dict their keys.
+
+    Args:
+        model: the network; it is copied, and exported in evaluation mode.
+        example: what it takes: a tensor, a tuple of its arguments, or a dict of them by name, each with the samples in
+            the first dimension. The other dimensions are fixed by it.
+        path: the file; an existing one is replaced.
+        labels: class names in the order of the outputs, if not those the network already carries.
+        task: ``classify``, ``text``, ``segment`` or ``detect``, for a network that is not ours.
+        opset: version of ONNX's operators, from 18.
+        tolerance: how far ONNX Runtime may be from torch, relative to the largest output where that is above 1. 16-bit
+            networks need about 1e-2.
+
+    Raises:
+        CompanionError: a network that torch cannot export or ONNX Runtime cannot run, answers that differ by more than
+            the tolerance, 2 GiB of weights, or a file that cannot be written.
+    """
+    path = Path(path)
+    if path.suffix != ".onnx":
+        raise CompanionError(f"{path} is no name for an ONNX file: it must end in .onnx.")
+    check_writable(path)
+    # In plain layout: from channels-last tensors torch would make another graph.
+    example = tree_map(lambda leaf: leaf.detach().cpu().contiguous() if isinstance(leaf, Tensor) else leaf, example)
+    inputs = check_batch(model, example)
+    model = own_copy(model).to(memory_format=torch.contiguous_format)
+    said = metadata_of(model, inputs, labels=labels, task=task)
+    content = _convert(model, example, opset, said)
+    largest, batches = _compare(model, example, content, tolerance)
+    with replacing(path) as file:
+        file.write(content)
+    return Export(path, len(content), largest, batches)
+
+
+def _convert(model: nn.Module, example: Any, opset: int, metadata: Metadata) -> bytes:
+    """The network as the bytes of an ONNX file."""
+    import onnx
+
+    if (weights := model_bytes(model)) > MAX_BYTES:
+        raise CompanionError(
+            f"the weights take {weights / 2**30:.1f} GiB, and one ONNX file holds less than 2: make it smaller."
+        )
+    answers = _run(model, example)
+    # Two samples at least: what torch sees once, it may take for fixed.
+    example = tree_map(lambda tensor: torch.cat([tensor, tensor]) if len(tensor) == 1 else tensor, example)
+    arguments, by_name = ((), example) if isinstance(example, dict) else (example, None)
+    if isinstance(example, Tensor):
+        arguments = (example,)
+    batch = torch.export.Dim("batch")
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                model,
+                arguments,
+                kwargs=by_name,
+                dynamo=True,
+                dynamic_shapes=tree_map(lambda _: {0: batch}, by_name or arguments),
+                input_names=list(flatten(example, "input")),
+                output_names=list(answers),
+                opset_version=opset,
+                verbose=False,
+            )
+        assert program is not None
+        proto = program.model_proto
+        _strip(proto)
+        onnx.helper.set_model_props(proto, metadata.to_text())
+        content = proto.SerializeToString(deterministic=True)
+        onnx.checker.check_model(content)
+    except Exception as error:  # of torch.export, onnxscript and onnx, which have no base class
+        raise CompanionError(f"{type(model).__name__} cannot be exported to ONNX: {reason(_root(error))}.") from error
+    found = next(entry.version for entry in proto.opset_import if entry.domain == "")
+    if found != opset:
+        raise CompanionError(f"{type(model).__name__} cannot be exported with opset {opset}, only with {found}.")
+    return content
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's warnings, logs and listings: its exceptions say what a user can act on."""
+    level = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+
+
+def _run(model: nn.Module, example: Any) -> dict[str, Tensor]:
+    """The network's outputs by name."""
+    try:
+        with torch.no_grad():  # what networks keep from an inference mode, torch.export refuses
+            return flatten(call(model, example), "output")
+    except CompanionError:
+        raise
+    except Exception as error:  # whatever somebody's network raises
+        count = len(next(iter(flatten(example, "input").values())))
+        raise CompanionError(
+            f"{type(model).__name__} does not run on {count} samples like the example: {reason(error)}."
+        ) from error
+
+
+def _root(error: BaseException) -> BaseException:
+    """What it all began with: the exporter wraps its errors in pages of advice."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _strip(message: Any) -> None:
+    """Remove what the exporter notes on every node about itself: stack traces with this machine's paths, mostly."""
+    for field, value in message.ListFields():
+        if field.name in ("metadata_props", "doc_string"):
+            message.ClearField(field.name)
+        elif field.message_type is not None:
+            for part in [value] if hasattr(value, "ListFields") else value:
+                _strip(part)
+
+
+def _compare(model: nn.Module, example: Any, content: bytes, tolerance: float) -> tuple[float, tuple[int, ...]]:
+    """The largest difference between ONNX Runtime and torch, and the batch sizes at which it was looked for.
+
+    Raises:
+        CompanionError: ONNX Runtime cannot run the file, or the difference is above the tolerance.
+    """
+    from companion.engines.ort import OnnxRuntimeEngine
+
+    given = flatten(example, "input")
+    form = tree_flatten(example)[1]
+    size = len(next(iter(given.values())))
+    batches = tuple(sorted({*BATCHES, size}))
+    generator = torch.Generator().manual_seed(0)
+    largest = 0.0
+    with OnnxRuntimeEngine(content, threads=1) as engine:
+        for inputs in (given, *(_random_like(given, batch, generator) for batch in batches)):
+            expected = _run(model, tree_unflatten(list(inputs.values()), form))
+            found = engine.run({name: tensor.numpy() for name, tensor in inputs.items()})
+            for name, tensor in expected.items():
+                difference = _difference(tensor.numpy(), found[name])
+                if not difference <= tolerance:  # NaN is not
+                    batch = len(next(iter(inputs.values())))
+                    raise CompanionError(
+                        f"ONNX Runtime's {name} differs from torch's by {difference:.1e} at batch {batch}, "
+                        f"and {tolerance:.1e} is allowed: no file was written."
+                    )
+                largest = max(largest, difference)
+    return largest, batches
+
+
+def _random_like(given: dict[str, Tensor], batch: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Other inputs of the same kind: fractions in the example's range; for whole numbers, maybe ids, its rows."""
+    rows = torch.randint(len(next(iter(given.values()))), (batch,), generator=generator)
+    random = {}
+    for name, tensor in given.items():
+        random[name] = tensor[rows]
+        if tensor.is_floating_point():
+            low, high = tensor.min(), tensor.max()
+            width = high - low if high > low else 1  # an example of zeros says nothing of the range
+            noise = torch.rand(random[name].shape, generator=generator, dtype=tensor.dtype)
+            random[name] = low + width * noise
+    return random
+
+
+def _difference(expected: np.ndarray, found: np.ndarray) -> float:
+    """The largest difference between two arrays, relative to the largest number in the first where that is above 1."""
+    if expected.shape != found.shape:
+        return math.inf
+    a, b = expected.astype(np.float64), found.astype(np.float64)
+    with np.errstate(invalid="ignore"):  # equal infinities
+        distance = np.where((a == b) | (np.isnan(a) & np.isnan(b)), 0.0, np.abs(a - b))
+    return float(distance.max(initial=0.0) / np.abs(a[np.isfinite(a)]).max(initial=1.0))

@@ -1,0 +1,227 @@
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from engine_cases import lively, one_sentence
+from onnx import TensorProto, numpy_helper
+from torch import nn
+from torch.nn.utils import prune
+
+import companion
+from companion import CompanionError, engines, files, models
+from companion.engines import export
+
+
+def properties(path):
+    return {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+
+
+def test_the_file_says_what_it_is(exported):
+    found = exported("simple_cnn")
+    said = properties(found.path)
+    assert said["companion"] == "1"
+    assert said["model"] == "simple_cnn"
+    assert said["task"] == "classify"
+    assert json.loads(said["labels"]) == [f"类 {i}" for i in range(10)]
+    assert json.loads(said["input_size"]) == [3, 32, 32]
+    assert json.loads(said["configuration"])["channels"] == [16, 32]
+
+
+def test_the_file_is_whole_and_takes_any_batch(exported):
+    found = exported("simple_cnn")
+    model = onnx.load(found.path, load_external_data=False)
+    onnx.checker.check_model(model, full_check=True)
+    assert [entry.version for entry in model.opset_import] == [20]
+    assert not list(found.path.parent.glob("*.data"))
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    assert all(tensor.data_location == TensorProto.DEFAULT for tensor in weights.values())
+    assert np.array_equal(numpy_helper.to_array(weights["conv1.weight"]), found.model.conv1.weight.detach().numpy())
+    for side, name, rest in ((model.graph.input, "input", [3, 32, 32]), (model.graph.output, "output", [10])):
+        assert [value.name for value in side] == [name]
+        batch, *others = side[0].type.tensor_type.shape.dim
+        assert batch.dim_param
+        assert [dim.dim_value for dim in others] == rest
+
+
+def test_what_was_measured_is_reported(exported):
+    written = exported("cifar_resnet20").written
+    assert written.bytes == written.path.stat().st_size
+    assert 0 < written.largest_difference < 1e-5
+    assert written.batches == (1, 7)
+
+
+@pytest.mark.parametrize("name", ["simple_cnn", "cifar_resnet20", "unet", "mobilenet"])
+def test_nothing_of_this_machine_is_in_the_file(name, exported):
+    content = exported(name).path.read_bytes()
+    for trace in (str(Path(companion.__file__).parent), sys.prefix, str(Path.home()), "site-packages", ".py", "File "):
+        assert trace.encode() not in content
+
+
+def test_equal_networks_make_equal_files(exported, tmp_path):
+    """Whatever the batch of the example, the mode or the memory layout; others make others."""
+    found = exported("simple_cnn")
+    expected = found.path.read_bytes()
+    model = models.create("simple_cnn", labels=models.describe(found.model).labels, seed=0)
+    model.to(memory_format=torch.channels_last)
+    engines.export_onnx(model.eval(), torch.rand(5, 3, 32, 32), tmp_path / "net.onnx")
+    assert (tmp_path / "net.onnx").read_bytes() == expected
+    with torch.no_grad():
+        model.fc2.bias[0] += 1
+    engines.export_onnx(model, torch.rand(1, 3, 32, 32), tmp_path / "net.onnx")  # replaces it
+    assert (tmp_path / "net.onnx").read_bytes() != expected
+    assert [file.name for file in tmp_path.iterdir()] == ["net.onnx"]
+
+
+def test_the_callers_network_and_randomness_are_left_alone(tmp_path, capfd):
+    model = lively(models.create("cifar_resnet14", width=4, seed=0))
+    model.layer1.eval()
+    model.fc.weight.requires_grad_(False)
+    model(torch.rand(2, 3, 32, 32)).sum().backward()
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    gradients = {key: p.grad for key, p in model.named_parameters()}
+    copies = {key: None if g is None else g.clone() for key, g in gradients.items()}
+    wanted = {key: p.requires_grad for key, p in model.named_parameters()}
+    modes = [module.training for module in model.modules()]
+    random, threads = torch.random.get_rng_state(), torch.get_num_threads()
+    example = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    engines.export_onnx(model, example, tmp_path / "net.onnx", labels=[str(i) for i in range(10)])
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    for key, p in model.named_parameters():
+        assert p.grad is gradients[key]
+        assert copies[key] is None or torch.equal(p.grad, copies[key])
+    assert {key: p.requires_grad for key, p in model.named_parameters()} == wanted
+    assert [module.training for module in model.modules()] == modes
+    assert models.describe(model).labels is None
+    assert torch.equal(torch.random.get_rng_state(), random)
+    assert torch.get_num_threads() == threads
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_description_for_somebody_elses_network(tmp_path):
+    linear = nn.Linear(4, 2)
+    engines.export_onnx(linear, torch.rand(1, 4), tmp_path / "net.onnx", labels=["a", "b"], task="classify", opset=18)
+    with engines.load(tmp_path / "net.onnx") as engine:
+        assert engine.metadata == engines.Metadata("Linear", None, "classify", ("a", "b"), None, (4,))
+    assert onnx.load(tmp_path / "net.onnx").opset_import[0].version == 18
+
+
+def test_answers_that_are_not_numbers_may_agree_too(tmp_path):
+    class Masked(nn.Module):
+        def forward(self, x):
+            return x.masked_fill(x > 0.5, -torch.inf), x / (x - x)
+
+    written = engines.export_onnx(Masked(), torch.rand(2, 4), tmp_path / "net.onnx")
+    assert written.largest_difference == 0
+
+
+# What is refused leaves no file, and an old one as it was.
+
+
+def refused(says, model, example, path, **options):
+    path.write_bytes(b"old")
+    with pytest.raises(CompanionError, match=says) as caught:
+        engines.export_onnx(model, example, path, **options)
+    text = one_sentence(caught)
+    assert path.read_bytes() == b"old"
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    return text
+
+
+class Does(nn.Module):
+    """A network that is one function."""
+
+    def __init__(self, forward):
+        super().__init__()
+        self.forward = forward
+
+
+X = torch.rand(2, 4, 3, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("forward", "says"),
+    [
+        (lambda x: x + torch.rand_like(x), r"ONNX Runtime's output differs from torch's by .*, and 1.0e-04 is allowed"),
+        (lambda x: x.view(2, 12), "cannot be exported to ONNX|does not run on 1 samples"),
+        (lambda x: x if x.sum() > 0 else -x, "cannot be exported to ONNX: .*data-dependent"),
+        (lambda x: torch.linalg.svd(x)[1], "cannot be exported to ONNX: No ONNX function found for .*svd"),
+        (lambda x: x @ x, "does not run on 2 samples like the example"),
+        (lambda x: (x, 3), "output_1 of the network is int: only tensors"),
+        (lambda x: x.bfloat16(), "output of the network is bfloat16"),
+        (lambda x: {"a": (x, x), "a_0": x}, "two tensors of the network would both be called a_0"),
+    ],
+    ids=["random", "fixed batch", "branch", "unknown", "shapes", "no tensor", "bfloat16", "names"],
+)
+def test_networks_that_cannot_be_exported(forward, says, tmp_path, capfd):
+    refused(says, Does(forward), X, tmp_path / "net.onnx")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_too_strict_a_tolerance(tmp_path):
+    cnn = models.create("simple_cnn", seed=0)
+    says = "differs from torch's by .*e-0[678] at batch 1, and 0.0e.00 is allowed"
+    refused(says, cnn, engines.example_for(cnn), tmp_path / "net.onnx", tolerance=0)
+
+
+@pytest.mark.parametrize(
+    ("example", "says"),
+    [
+        ("images", "the example must be a tensor"),
+        (X[:0], "empty"),
+        (torch.tensor(1.0), r"same number of samples as its first dimension, not input \[\]"),
+        ((X, X[:1]), r"input_0 \[2, 4, 3\], input_1 \[1, 4, 3\]"),
+        ((X, 2), "input_1 of the network is int"),
+        (X.bfloat16(), "input of the network is bfloat16, which NumPy lacks"),
+    ],
+)
+def test_bad_examples(example, says, tmp_path):
+    refused(says, nn.Linear(3, 2), example, tmp_path / "net.onnx")
+
+
+def test_bad_arguments(tmp_path):
+    path, cnn = tmp_path / "net.onnx", models.create("simple_cnn")
+    images = engines.example_for(cnn)
+    refused("must end in .onnx", cnn, images, tmp_path / "net.pt")
+    (tmp_path / "net.pt").unlink()
+    refused("10 classes, but 2 labels", cnn, images, path, labels=["a", "b"])
+    refused("simple_cnn is for the task 'classify', not 'detect'", cnn, images, path, task="detect")
+    refused("no task 'guess': choose one of classify", nn.Linear(3, 2), X, path, task="guess")
+    refused("with opset 99, only with", nn.Linear(3, 2), X, path, opset=99)
+    refused(r"a network \(torch.nn.Module\) is needed, not str", "simple_cnn", images, path)
+    prune.l1_unstructured(cnn.conv1, "weight", 0.5)
+    cnn(images)
+    refused("SimpleCNN cannot be copied: Only Tensors created explicitly", cnn, images, path)
+
+
+def test_more_weights_than_a_file_can_hold(tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "MAX_BYTES", 1000)
+    refused("the weights take .* GiB, and one ONNX file holds less than 2", nn.Linear(3, 100), X, tmp_path / "net.onnx")
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    with pytest.raises(CompanionError, match="cannot write"):
+        engines.export_onnx(nn.Linear(3, 2), X, tmp_path / "none" / "net.onnx")
+
+
+def test_a_full_disk_leaves_no_file(tmp_path, monkeypatch):
+    def fail(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", fail)
+    with pytest.raises(CompanionError, match="No space left"):
+        engines.export_onnx(nn.Linear(3, 2), X, tmp_path / "net.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
+def test_a_network_on_a_gpu_stays_there_and_makes_the_same_file(exported, tmp_path):
+    found = exported("simple_cnn")
+    model = models.create("simple_cnn", labels=models.describe(found.model).labels, seed=0).cuda()
+    engines.export_onnx(model, found.example.cuda(), tmp_path / "net.onnx")
+    assert {p.device.type for p in model.parameters()} == {"cuda"}
+    assert (tmp_path / "net.onnx").read_bytes() == found.path.read_bytes()
