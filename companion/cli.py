@@ -183,7 +183,7 @@ def evaluate(
     from companion import train as training
 
     _set_threads(threads)
-    if engine is None and path.suffix != ".onnx":
+    if engine is None and path.suffix.lower() != ".onnx":
         network = models.load(path)
         info = models.describe(network)
         name, size = info.name, info.configuration.get("image_size", models.image_size(info.name))
@@ -221,7 +221,7 @@ def export(
     from companion import engines, files, models
     from companion.units import format_bytes
 
-    if out.suffix != ".onnx":
+    if out.suffix.lower() != ".onnx":
         raise CompanionError(f"{out} must end in .onnx.")
     files.check_writable(out)
     network = models.load(weights)

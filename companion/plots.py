@@ -175,7 +175,7 @@ def plot_roofline(found: Any, *, others: Iterable[Any] = ()) -> Picture:
         found: the roofline; a symbol for each kind of layer, its area grows with the layer's share of the time.
         others: roofs of other machines (`companion.metrics.ACCELERATORS`), without points: nothing was measured there.
     """
-    layers, roof = found.layers, found.roof
+    layers, roof, others = found.layers, found.roof, list(others)
     total = sum(layer.measured for layer in layers)
     kinds = list(dict.fromkeys(layer.kind for layer in layers))
     spread = [layer.cost.intensity for layer in layers]

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -62,17 +61,17 @@ def profile(
     if input is not None and (len(input) < 1 or min(input) < 1):
         raise CompanionError(f"an input of shape {input} is empty: give whole numbers from 1, such as 1,3,32,32.")
     path = Path(target)
-    if path.suffix == ".onnx":
+    if path.suffix.lower() == ".onnx":
         return _profile_onnx(path, input, threads, seconds)
     name = os.fspath(target)
-    on_disk = path.suffix == ".safetensors"
+    on_disk = path.suffix.lower() == ".safetensors"
     if name.startswith(TORCHVISION):
-        model, example = _torchvision(name.removeprefix(TORCHVISION)), torch.rand(input or TORCHVISION_INPUT)
+        model, example = _torchvision(name.removeprefix(TORCHVISION)), _random(input or TORCHVISION_INPUT)
     else:
         if not on_disk and name not in models.names() and path.exists():
             raise CompanionError(f"{name} is neither a .safetensors nor an .onnx file.")
         model = models.load(path) if on_disk else models.create(name, seed=0)
-        example = engines.example_for(model) if input is None else torch.rand(input)
+        example = engines.example_for(model) if input is None else _random(input)
     model.eval()
     return Profile(
         target=name,
@@ -98,6 +97,13 @@ def _torchvision(name: str) -> nn.Module:
     return torchvision.models.get_model(name, **options)
 
 
+def _random(shape: tuple[int, ...]) -> torch.Tensor:
+    try:
+        return torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    except (RuntimeError, MemoryError) as error:
+        raise CompanionError(f"an input of shape {shape} does not fit into the memory: make it smaller.") from error
+
+
 def _saved_bytes(model: nn.Module, example: torch.Tensor) -> int | None:
     try:
         return metrics.activation_bytes(model, example, training=True)
@@ -117,7 +123,7 @@ def _profile_onnx(path: Path, shape: tuple[int, ...] | None, threads: int, secon
                 shape = (shape[0], *sample)
             if 0 in shape:
                 raise CompanionError(f"{path} takes {taken}: say which size with --input.")
-        array = np.random.default_rng(0).random(shape).astype(taken.dtype)
+        array = _random(shape).numpy().astype(taken.dtype)
         counted = metrics.count_onnx(path, {taken.name: shape})
         return Profile(
             target=str(path),
@@ -156,7 +162,7 @@ def to_rows(found: Profile) -> list[tuple[str, str, str]]:
             f"median; quartiles {format_seconds(low)} to {format_seconds(high)}",
         ),
         ("", format_seconds(latency.p95), f"95th percentile of {len(latency.samples)} samples"),
-        ("throughput", f"{found.input[0] / latency.median:,.1f}", "samples per second"),
+        ("throughput", f"{(found.input or (1,))[0] / latency.median:,.1f}", "samples per second"),
     ]
     return rows + [
         ("NOT COUNTED", operator, "work unknown: MACs and FLOPs are too low") for operator in counted.uncounted
@@ -200,7 +206,7 @@ def to_json(found: Profile) -> dict[str, Any]:
             "samples": len(latency.samples),
             "threads": latency.threads,
         },
-        "samples_per_second": found.input[0] / latency.median,
+        "samples_per_second": (found.input or (1,))[0] / latency.median,
         "uncounted": list(counted.uncounted),
         "by_module": table(counted.by_module),
         "by_operator": table(counted.by_operator),

@@ -39,5 +39,5 @@ def _scaled(number: float, base: float, prefixes: tuple[str, ...], unit: str, *,
     while abs(value) >= base * (1 - 5e-5) and index < len(prefixes) - 1:
         value, index = value / base, index + 1
     whole = prefixes[index] == "" and small == 1  # a plain number of things or bytes
-    text = f"{value:.0f}" if whole else f"{value:.{max(0, 4 - len(str(int(abs(value)))))}f}"
+    text = f"{value:.0f}" if whole or abs(value) >= 1000 else f"{value:#.4g}".rstrip(".")
     return f"{text} {prefixes[index]}{unit}".rstrip()

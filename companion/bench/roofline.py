@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from companion import metrics
 from companion.bench.runner import Bench, Cell
-from companion.metrics.results import Row
+from companion.metrics.results import Row, Value
 
 ROUNDS = 15
 SLOW = 100e-6  # seconds: what takes less is overhead
@@ -35,19 +35,14 @@ def _place(name: str, batch: int, layout: str) -> list[Row]:
     found = metrics.measure_roofline(model, _example(name, batch, layout), rounds=ROUNDS, threads=1)
     layers = [layer for layer in found.layers if layer.measured > SLOW and layer.kind.endswith(("Conv2d", "Linear"))]
     ratios = sorted(layer.ratio for layer in layers)
-    return [
-        Row(
-            {"network": name, "batch": batch, "layout": layout},
-            {
-                "layers over 100 µs": len(layers),
-                "within a factor of 2": round(sum(0.5 <= ratio <= 2 for ratio in ratios) / len(ratios), 3),
-                "median of measured / predicted": round(ratios[len(ratios) // 2], 2),
-                "largest": round(ratios[-1], 1),
-                "GFLOPS": round(found.roof.flops_per_second / 1e9, 1),
-                "GB/s": round(found.roof.bytes_per_second / 1e9, 1),
-            },
-        )
-    ]
+    values: dict[str, Value] = {"layers over 100 µs": len(ratios)}
+    if ratios:
+        values["within a factor of 2"] = round(sum(0.5 <= ratio <= 2 for ratio in ratios) / len(ratios), 3)
+        values["median of measured / predicted"] = round(ratios[len(ratios) // 2], 2)
+        values["largest"] = round(ratios[-1], 1)
+    values["GFLOPS"] = round(found.roof.flops_per_second / 1e9, 1)
+    values["GB/s"] = round(found.roof.bytes_per_second / 1e9, 1)
+    return [Row({"network": name, "batch": batch, "layout": layout}, values)]
 
 
 def _cells() -> Iterator[Cell]:

@@ -5,8 +5,9 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from io import FileIO
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from companion.errors import CompanionError
 from companion.files import check_writable
@@ -66,8 +67,8 @@ def run(
         on_cell: is given a cell's key when it is done, how many are done, and how many there are.
 
     Raises:
-        CompanionError: ``out`` cannot be written, another process works on it, ``OUT.partial`` is damaged or of
-            another run, or a cell's rows do not fit the others.
+        CompanionError: ``out`` or ``OUT.partial`` cannot be written, another process works on it, ``OUT.partial`` is
+            damaged, of another run or none of ours, a cell's rows do not fit the others, or no cell has any.
         KeyboardInterrupt: on Ctrl-C; its message says how to go on.
     """
     out = Path(out)
@@ -79,23 +80,26 @@ def run(
     draft = results.record(
         bench.name, (), description=bench.description, settings=bench.settings, packages=bench.packages
     )
+    head = {"format": FORMAT, "cells": keys} | asdict(draft)
+    first = _line(head)
     partial = out.with_name(out.name + ".partial")
     with _opened(partial) as file:
         if fresh:
             file.truncate(0)
-        head = {"format": FORMAT, "cells": keys} | json.loads(json.dumps(asdict(draft)))
-        commit, done = _finished(file, partial, head)
-        draft = replace(draft, commit=commit)
+        before, done = _read(file, partial)
+        if done:
+            _check_same(before, json.loads(first), partial, len(done))
+            draft = replace(draft, commit=_commit(before["commit"], draft.commit))
         with progress_bar(show=progress, total=len(cells), initial=len(done), desc=bench.name, unit="cell") as bar:
             try:
                 for cell in cells:
                     if cell.key in done:
                         continue
-                    rows = tuple(cell.measure())
+                    rows = _measure(cell)
                     if rows:
-                        _check(cell, draft, keys, done | {cell.key: rows})
-                    line = {"cell": cell.key, "rows": [asdict(row) for row in rows]}
-                    _append(file, *([] if done else [head]), line)
+                        _check_rows(cell, draft, keys, done | {cell.key: rows})
+                    line = _line({"cell": cell.key, "rows": [asdict(row) for row in rows]})
+                    _append(file, partial, line if done else first + line)
                     done[cell.key] = rows
                     bar.update()
                     if on_cell is not None:
@@ -105,9 +109,21 @@ def run(
                     f"interrupted; {len(done)} of {len(cells)} cells are done: the same command goes on from there."
                 ) from None
         record = replace(_assemble(draft, keys, done), date=results.now())
-        results.write(record, out)
+        if record.rows:
+            results.write(record, out)
         file.truncate(0)
+    if not record.rows:
+        raise CompanionError(f"{bench.name} found nothing to measure on this machine.")
     return record
+
+
+def _measure(cell: Cell) -> tuple[Row, ...]:
+    found: Any = cell.measure()
+    rows = tuple(found) if isinstance(found, Iterable) else (found,)
+    for row in rows:
+        if not isinstance(row, Row):
+            raise CompanionError(f"the rows of cell {cell.key!r} cannot be used: {row!r} is no Row.")
+    return rows
 
 
 def _assemble(draft: Record, keys: list[str], done: Mapping[str, tuple[Row, ...]]) -> Record:
@@ -115,7 +131,7 @@ def _assemble(draft: Record, keys: list[str], done: Mapping[str, tuple[Row, ...]
     return replace(draft, rows=tuple(row for key in keys for row in done.get(key, ())))
 
 
-def _check(cell: Cell, draft: Record, keys: list[str], done: Mapping[str, tuple[Row, ...]]) -> None:
+def _check_rows(cell: Cell, draft: Record, keys: list[str], done: Mapping[str, tuple[Row, ...]]) -> None:
     """Refuse now, not hours later, rows that cannot be written."""
     try:
         results.dumps(_assemble(draft, keys, done))
@@ -125,60 +141,102 @@ def _check(cell: Cell, draft: Record, keys: list[str], done: Mapping[str, tuple[
 
 # The journal of finished cells: a line that says which run it is of, then one for each cell.
 
+_START = f'{{"format": "{FORMAT}", "cells": '.encode()
+
 # What must be as it was for a run to go on.
-_SAME = ("format", "name", "cells", "settings", "companion", "versions", "machine")
+_SAME = ("name", "cells", "settings", "companion", "versions", "machine")
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[IO[bytes]]:
+def _opened(path: Path) -> Iterator[FileIO]:
     """The journal, for reading and appending and for one process at a time; removed if it is empty in the end."""
-    with path.open("a+b") as file:
-        if os.name != "nt":
-            import fcntl
-
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system takes it back from a killed process
-            except BlockingIOError as error:
-                raise CompanionError(f"another process is working on {path}: wait until it is done.") from error
+    with _locked(path) as file:
+        file.seek(0)
+        if not _START.startswith(file.read(len(_START))):  # a kill may have left less
+            raise CompanionError(f"{path} is not a journal of the format {FORMAT}: move it away.")
         try:
             yield file
         finally:
             empty = not os.fstat(file.fileno()).st_size
-            file.close()  # or Windows would not remove it
+            if os.name == "nt":
+                file.close()  # or Windows would not remove it; elsewhere it goes before the lock does
             if empty:
                 path.unlink(missing_ok=True)
 
 
-def _append(file: IO[bytes], *lines: Any) -> None:
-    file.write(b"".join(json.dumps(line, ensure_ascii=False, allow_nan=False).encode() + b"\n" for line in lines))
-    file.flush()
-    os.fsync(file.fileno())
+def _locked(path: Path) -> FileIO:
+    """The file called ``path``, which no other process has; the system takes the lock back from a killed one."""
+    while True:
+        try:
+            file = path.open("a+b", buffering=0)
+        except OSError as error:
+            raise CompanionError(f"cannot write {path}: {error.strerror or error}.") from error
+        if os.name == "nt":
+            return file
+        import fcntl
+
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # flock's would live on in what a cell forks
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        except FileNotFoundError:  # who had it removed it before we locked it
+            pass
+        except (BlockingIOError, PermissionError) as error:
+            file.close()
+            raise CompanionError(f"another process is working on {path}: wait until it is done.") from error
+        file.close()
 
 
-def _finished(file: IO[bytes], path: Path, head: dict[str, Any]) -> tuple[str | None, dict[str, tuple[Row, ...]]]:
-    """The commit to quote, and the cells finished before; empties a journal that has none."""
+def _line(value: Any) -> bytes:
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    except ValueError as error:  # half of a surrogate pair
+        raise CompanionError(f"a record holds plain texts and finite numbers only: {error}.") from error
+
+
+def _append(file: FileIO, path: Path, content: bytes) -> None:
+    try:
+        while content:
+            content = content[file.write(content) :]
+        os.fsync(file.fileno())
+    except OSError as error:
+        raise CompanionError(
+            f"cannot write {path}: {error.strerror or error}; with room for it, the same command goes on from there."
+        ) from error
+
+
+def _read(file: FileIO, path: Path) -> tuple[dict[str, Any], dict[str, tuple[Row, ...]]]:
+    """The journal's first line, and the rows of the cells finished before; neither if there is no such cell."""
     file.seek(0)
     content = file.read()
-    whole = content[: content.rfind(b"\n") + 1]
-    file.truncate(len(whole))  # what a kill left of the last line
+    lines = content.split(b"\n")[:-1]  # without what a kill left of the last one
+    if len(lines) < 2:
+        file.truncate(0)
+        return {}, {}
+    file.truncate(content.rfind(b"\n") + 1)
     try:
-        old, *lines = [json.loads(line) for line in whole.splitlines()] or [{}]
-        done = {line["cell"]: results.from_json(tuple[Row, ...], line["rows"], line["cell"]) for line in lines}
-        found = {name: old[name] for name in (*_SAME, "commit")} if done else head
+        head, *cells = map(json.loads, lines)
+        results.from_json(Record, {name: head[name] for name in head if name not in ("format", "cells")})
+        done = {cell["cell"]: results.from_json(tuple[Row, ...], cell["rows"], cell["cell"]) for cell in cells}
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CompanionError(f"{path} is damaged: delete it to start again.") from error
-    if not done:
-        file.truncate(0)
+    return head, done
+
+
+def _check_same(before: dict[str, Any], head: dict[str, Any], path: Path, done: int) -> None:
     for name in _SAME:
-        if found[name] != head[name]:
+        if before[name] != head[name]:
             raise CompanionError(
-                f"{path} holds {len(done)} finished cells of another run: its {name} is {_brief(found[name])}, this "
+                f"{path} holds {done} finished cells of another run: its {name} is {_brief(before[name])}, this "
                 f"one's {_brief(head[name])}; go on with that, or give --fresh to start again."
             )
-    commit: str | None = found["commit"]
-    if commit is not None and commit != head["commit"]:
-        commit = commit.removesuffix("+modified") + "+modified"
-    return commit, done
+
+
+def _commit(before: str | None, now: str | None) -> str | None:
+    """The one to quote for a run that was stopped under ``before`` and goes on under ``now``."""
+    if before is None or before == now:
+        return before
+    return before.removesuffix("+modified") + "+modified"
 
 
 def _brief(value: Any) -> str:

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from companion.datasets.digits import LABELS, scans, warp
 from companion.errors import CompanionError
 
-SCENES = {"train": 1000, "test": 300}
+SCENES = {"train": 2000, "test": 500}
 SEEDS = {"train": 0, "test": 1}
 POOLS = 20  # parts of a split's scans that share none with each other
 
@@ -83,8 +83,8 @@ class _Scene:
     scans: list[int]
 
 
-def digit_scenes(split: str, task: str = "segment", size: int = 96, scenes: int | None = None) -> DigitScenes:
-    """Scenes of one to six of the scans of `digits` on a noisy gradient, tinted, from an eighth to 0.4 of its side large.
+def digit_scenes(split: str, task: str = "segment", size: int = 64, scenes: int | None = None) -> DigitScenes:
+    """Scenes of one to six scans of `digits`, tinted, ⅛ to ⅖ as large as the scene, on a noisy gradient.
 
     The scans are split first, as those of `digits`: no test scene shares a scan with a training scene. Within a
     split they are divided into 20 pools; scene i takes all its digits from pool i mod 20, which is its entry in
@@ -99,7 +99,7 @@ def digit_scenes(split: str, task: str = "segment", size: int = 96, scenes: int 
         split: ``train`` or ``test``.
         task: ``segment`` for samples (image, mask), ``detect`` for (image, boxes and labels): see `DigitScenes`.
         size: side of the scenes in pixels, 32 to 640; at 160 digits are 20 to 64 pixels large.
-        scenes: how many; 1,000 to train and 300 to test with if not given.
+        scenes: how many; 2,000 to train and 500 to test with if not given.
 
     Raises:
         CompanionError: no such task, or a size or number of scenes out of range.

@@ -182,7 +182,7 @@ def open_source(path: Path) -> tuple[Folder | Zip, list[str]]:
         if size_in_bytes > LARGEST_FILE:
             raise CompanionError(f"{path}/{file} has {size_in_bytes >> 20} MiB, too much for an image: remove it.")
     if not files:
-        raise CompanionError(f"{path} holds no images: put JPEG, PNG, WebP, BMP or GIF files into a folder per class.")
+        raise CompanionError(f"{path} holds no images: put JPEG, PNG, WebP, BMP or GIF files there.")
     return source, sorted(files)
 
 
@@ -208,19 +208,14 @@ def _is_image(name: str) -> bool:
 Classes = dict[str, list[str]]  # the files of each class
 
 
-def unwrapped(files: list[str]) -> dict[str, list[str]]:
-    """Each file's folders and name, without the folders around everything that zips often have."""
+def _splits(path: Path, files: list[str]) -> dict[str, Classes]:
     parts = {file: file.split("/") for file in files}
     while True:
-        # Such a folder is no class: there are folders below it.
-        if len({p[0] for p in parts.values() if len(p) > 1}) != 1 or max(map(len, parts.values())) < 3:
-            return parts
+        folders = {p[0].lower(): p[0] for p in parts.values() if len(p) > 1}
+        # One folder around everything, as zips often have, is no class: there are folders below it.
+        if len(folders) != 1 or max(map(len, parts.values())) < 3:
+            break
         parts = {file: p[1:] for file, p in parts.items() if len(p) > 1}
-
-
-def _splits(path: Path, files: list[str]) -> dict[str, Classes]:
-    parts = unwrapped(files)
-    folders = {p[0].lower(): p[0] for p in parts.values() if len(p) > 1}
     train, test = (
         next((folders[name] for name in names if name in folders), None) for names in (TRAIN_FOLDERS, TEST_FOLDERS)
     )

@@ -1,9 +1,12 @@
 """What data there is, and whether it is what it should be."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from companion.datasets import cifar10
+from companion.datasets import camvid, cifar10
+from companion.datasets.arrays import ArrayImages
+from companion.datasets.digit_scenes import DigitScenes, digit_scenes
 from companion.datasets.digits import digits
 from companion.datasets.hard_digits import hard_digits
 from companion.datasets.registry import SPLITS
@@ -11,7 +14,12 @@ from companion.datasets.store import archive_name, data_folder, manifest, shippe
 from companion.errors import CompanionError
 from companion.files import sha256
 
-GENERATED = {"digits": digits, "hard_digits": hard_digits}
+GENERATED: dict[str, Callable[[str], ArrayImages | DigitScenes]] = {
+    "digits": digits,
+    "hard_digits": hard_digits,
+    "digit_scenes": digit_scenes,
+}
+OTHERS = {"cifar10": cifar10, "camvid": camvid}  # not always there
 RIGHT = "as it should be"
 
 
@@ -41,17 +49,26 @@ def catalogue() -> list[Entry]:
     """Every data set by name: what it is for, where it comes from, whether it is here, its size and terms of use."""
     uci = "UCI, Alpaydin & Kaynak 1998, from scikit-learn"
     mebibytes = manifest()["downloads"]["cifar10"]["bytes"] >> 20
-    present = cifar10.find() is not None
+    state = {name: "missing" if room.find() is None else "present" for name, room in OTHERS.items()}
     return [
         Entry("digits", "classify", uci, "built in", "1,797 images", "CC BY 4.0"),
         Entry("hard_digits", "classify", f"made from digits ({uci})", "built in", "6,000 images", "CC BY 4.0"),
+        Entry("digit_scenes", "segment", f"made from digits ({uci})", "built in", "N images", "CC BY 4.0"),
         Entry(
             "cifar10",
             "classify",
             "Krizhevsky 2009",
-            "present" if present else "missing",
+            state["cifar10"],
             f"60,000 images, {mebibytes} MiB to download",
             "for research and teaching; cite the source",
+        ),
+        Entry(
+            "camvid",
+            "segment",
+            "Brostow et al. 2009",
+            state["camvid"],
+            "no download: bring it",
+            "CC BY-NC 4.0; cite the source",
         ),
     ]
 
@@ -68,9 +85,10 @@ def verify() -> list[Check]:
         if archive.is_file():
             ok = sha256(archive) == wanted["sha256"]
             checks.append(Check(str(archive), ok, RIGHT if ok else "has the wrong checksum: remove it"))
-    if (path := cifar10.find()) is not None:
-        trouble = cifar10.trouble(path)
-        checks.append(Check(str(path), trouble is None, trouble or RIGHT))
+    for room in OTHERS.values():
+        if (path := room.find()) is not None:
+            trouble = room.trouble(path)
+            checks.append(Check(str(path), trouble is None, trouble or RIGHT))
     return checks
 
 

@@ -6,19 +6,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from companion.datasets import camvid
 from companion.datasets.arrays import ArrayImages
 from companion.datasets.cifar10 import cifar10
+from companion.datasets.digit_scenes import DigitScenes, digit_scenes
 from companion.datasets.digits import digits
 from companion.datasets.hard_digits import hard_digits
 from companion.datasets.images import Pictures, folder
 from companion.errors import CompanionError
 
 SPLITS = ("train", "test")
+Samples = ArrayImages | Pictures | DigitScenes | camvid.RoadScenes
 
-_DATASETS: dict[str, Callable[..., ArrayImages | Pictures]] = {
+_DATASETS: dict[str, Callable[..., Samples]] = {
     "digits": digits,
     "hard_digits": hard_digits,
+    "digit_scenes": digit_scenes,
     "cifar10": cifar10,
+    "camvid": camvid.camvid,
     "folder": folder,
 }
 
@@ -28,43 +33,59 @@ def names() -> list[str]:
     return [name for name in _DATASETS if name != "folder"]
 
 
-def load(
-    name: str, *, split: str, root: str | os.PathLike[str] | None = None, **options: Any
-) -> ArrayImages | Pictures:
+def splits(name: str) -> tuple[str, ...]:
+    """The splits that `load` knows of a data set: ``train`` and ``test``, of ``camvid`` also ``val``.
+
+    Raises:
+        CompanionError: no such data set.
+    """
+    return camvid.SPLITS if _kind(name) == "camvid" else SPLITS
+
+
+def load(name: str, *, split: str, root: str | os.PathLike[str] | None = None, **options: Any) -> Samples:
     """Open a data set; nothing is downloaded (see `get`).
 
     Args:
         name: one of `names`, or ``folder:PATH`` for images of your own.
-        split: ``train`` or ``test``.
-        root: where to look for ``cifar10`` instead of `data_folder`: a folder that holds it, or the
+        split: ``train`` or ``test``, of camvid also ``val``.
+        root: where to look for ``cifar10`` and ``camvid`` instead of `data_folder`: a folder that holds it, or the
             zip or folder itself. The others need none.
-        options: ``level`` of hard_digits, ``size`` of folder:PATH (the side in pixels, 32 if not given).
+        options: ``level`` of hard_digits; ``task``, ``size`` and ``scenes`` of digit_scenes; ``size`` of folder:PATH
+            (the side in pixels, 32 if not given).
 
     Returns:
-        A data set of samples ``(image, label)``: float32 [3, H, W] in 0..1 and int. It has ``name``,
-        ``task`` (``classify``), ``labels`` (class names in order), ``targets`` (int64 [N], the labels of
-        all samples) and ``augmentation`` (what suits it in training: ``shift``, ``shift_flip`` or None).
-        Those made from digits also have ``groups`` (int64 [N]: images of one group come from one scan).
+        A data set of samples whose image is float32 [3, H, W] in 0..1. It has ``name``, ``labels`` (class names in
+        order), ``augmentation`` (what suits it in training: ``shift``, ``shift_flip`` or None) and ``task``, which
+        says what a sample is. ``classify``: ``(image, label)``, the label an int; the labels of all samples are in
+        ``targets`` (int64 [N]). ``segment``: ``(image, mask)``, the mask int64 [H, W] with 255 for void.
+        ``detect``: ``(image, {"boxes", "labels"})``, float32 [K, 4] as x1, y1, x2, y2 in pixels, and int64 [K].
+        Those made from digits also have ``groups`` (int64 [N]: images of different groups share no scan, but for the
+        fragments in hard_digits).
 
     Raises:
         CompanionError: no such data set, split or option, or data that is missing or unusable.
     """
-    kind, _, path = name.partition(":")
-    if kind not in _DATASETS or (kind == "folder") != bool(path):
-        own = f" (for the folder or zip here: folder:{name})" if name and Path(name).exists() else ""
-        raise CompanionError(f"there is no data set {name!r}: choose one of {', '.join(names())}, folder:PATH{own}.")
-    if split not in SPLITS:
-        raise CompanionError(f"there is no split {split!r}: choose train or test.")
+    kind = _kind(name)
+    if split not in splits(name):
+        raise CompanionError(f"there is no split {split!r} of {kind}: choose {' or '.join(splits(name))}.")
     build = _DATASETS[kind]
     takes = list(inspect.signature(build).parameters)[1:]
     arguments = dict(options)
     if kind == "folder":
-        arguments["path"] = path
+        arguments["path"] = name.partition(":")[2]
         takes.remove("path")
-    elif kind == "cifar10":
+    elif "root" in takes:
         arguments["root"] = root
         takes.remove("root")
     for key in options:
         if key not in takes:
             raise CompanionError(f"{kind} has no option {key!r}: it takes {', '.join(takes) or 'none'}.")
     return build(split, **arguments)
+
+
+def _kind(name: str) -> str:
+    kind, _, path = name.partition(":")
+    if kind not in _DATASETS or (kind == "folder") != bool(path):
+        own = f" (for the folder or zip here: folder:{name})" if name and Path(name).exists() else ""
+        raise CompanionError(f"there is no data set {name!r}: choose one of {', '.join(names())}, folder:PATH{own}.")
+    return kind

@@ -1,8 +1,10 @@
 """What every engine has in common: named inputs and outputs, NumPy in and out, and the checks of what comes in."""
 
 import json
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from types import TracebackType
 from typing import Any, Self
@@ -13,6 +15,7 @@ from companion.errors import CompanionError
 
 # Beside what the file says stands how to read it, under this key.
 FORMAT_KEY, FORMAT = "companion", "1"
+TASKS = ("classify", "text", "segment", "detect")
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,8 @@ class TensorInfo:
     dtype: str
     """As NumPy calls it: ``float32``, ``int64``, …"""
     shape: tuple[int | None, ...]
-    """None where any size will do; the first dimension is the batch."""
+    """None where any size will do; the first dimension is the batch. Empty for a scalar, and where a file of others
+    does not even say how many dimensions there are."""
 
     def __str__(self) -> str:
         return f"{self.name} {self.dtype} {_shape_text(self.shape)}"
@@ -70,9 +74,15 @@ class Metadata:
             for field in fields(cls):
                 if (text := texts.get(field.name)) is not None:
                     found[field.name] = text if field.name in ("model", "task") else json.loads(text)
-            for name, kind in (("labels", str), ("vocabulary", str), ("input_size", int)):
+            for name in ("labels", "vocabulary"):
                 if name in found:
-                    found[name] = _tuple_of(kind, found[name])
+                    found[name] = _tuple(found[name], "texts", lambda text: isinstance(text, str))
+            if "input_size" in found:
+                found["input_size"] = _tuple(found["input_size"], "sizes", lambda n: type(n) is int and n > 0)
+            if found.get("task", TASKS[0]) not in TASKS:
+                raise ValueError(f"{found['task']!r} is no task")
+            if not found.get("model", "").isprintable():
+                raise ValueError(f"{found['model']!r} is no name")
             if "configuration" in found:
                 items = found["configuration"].items()
                 found["configuration"] = {k: tuple(v) if isinstance(v, list) else v for k, v in items}
@@ -81,9 +91,9 @@ class Metadata:
         return cls(**found)
 
 
-def _tuple_of(kind: type, values: Any) -> tuple[Any, ...]:
-    if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
-        raise TypeError(f"{values!r} is no list of {kind.__name__}")
+def _tuple(values: Any, of: str, test: Callable[[Any], bool]) -> tuple[Any, ...]:
+    if not isinstance(values, list) or not all(map(test, values)):
+        raise TypeError(f"{values!r} is no list of {of}")
     return tuple(values)
 
 
@@ -95,8 +105,25 @@ class Engine(ABC):
     """
 
     def __init__(
-        self, name: str, inputs: Sequence[TensorInfo], outputs: Sequence[TensorInfo], metadata: Metadata
+        self,
+        name: str,
+        inputs: Sequence[TensorInfo],
+        outputs: Sequence[TensorInfo],
+        metadata: Metadata,
+        batches: Sequence[Sequence[str]] | None = None,
     ) -> None:
+        """
+        Args:
+            name, inputs, outputs, metadata: as the attributes.
+            batches: groups of inputs, by name, that must have the same number of samples; all whose first dimension
+                is free are one, unless this says otherwise.
+
+        Raises:
+            CompanionError: the metadata have not as many labels as the network has classes.
+        """
+        _check_labels(metadata, outputs[0].shape)
+        free = [info.name for info in inputs if info.shape[:1] == (None,)]
+        self._batches = [free] if batches is None else batches
         self.name = name
         self.inputs = tuple(inputs)
         self.outputs = tuple(outputs)
@@ -121,18 +148,21 @@ class Engine(ABC):
             An array for each of ``self.outputs``.
 
         Raises:
-            CompanionError: the engine is closed; an input is missing, unknown, empty, no array, or of another dtype or
-                shape; or the network cannot compute these values (a word id outside the vocabulary, say).
+            CompanionError: the engine is closed, maybe meanwhile; an input is missing, unknown, empty, no array, of
+                another dtype or shape, or has not as many samples as another; or the network cannot compute these
+                values (a word id outside the vocabulary, say).
         """
+        closed = CompanionError(f"this {self.name} engine is closed: load it again.")
         if self._closed:
-            raise CompanionError(f"this {self.name} engine is closed: load it again.")
+            raise closed
         checked = self._check(inputs)
-        try:
-            return self._run(checked)
-        except CompanionError:
-            raise
-        except Exception as error:  # every runtime raises exceptions of its own
-            raise CompanionError(f"{self.name} cannot run on these inputs: {reason(error)}.") from error
+        with one_sentence(f"{self.name} cannot run on these inputs"):
+            try:
+                return self._run(checked)
+            except Exception as error:
+                if self._closed:  # by another thread, which took away what runs
+                    raise closed from error
+                raise
 
     def _check(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         if not isinstance(inputs, Mapping):
@@ -142,7 +172,12 @@ class Engine(ABC):
             raise CompanionError(f"there is no input {unknown[0]!r}: this network takes {', '.join(names)}.")
         if missing := [name for name in names if name not in inputs]:
             raise CompanionError(f"the input {missing[0]!r} is missing: this network takes {', '.join(names)}.")
-        return {info.name: _check_array(info, inputs[info.name]) for info in self.inputs}
+        arrays = {info.name: _check_array(info, inputs[info.name]) for info in self.inputs}
+        for group in self._batches:
+            if len({len(arrays[name]) for name in group}) > 1:
+                shapes = ", ".join(f"{name} {_shape_text(arrays[name].shape)}" for name in group)
+                raise CompanionError(f"these inputs need the same number of samples, not {shapes}.")
+        return arrays
 
     def close(self) -> None:
         """Free what the engine holds; it cannot run afterwards. Closing twice does no harm."""
@@ -174,7 +209,7 @@ def _check_array(info: TensorInfo, array: Any) -> np.ndarray:
     fits = len(array.shape) == len(info.shape) and all(
         wanted is None or wanted == found for wanted, found in zip(info.shape, array.shape, strict=True)
     )
-    if not fits:
+    if info.shape and not fits:
         raise CompanionError(
             f"the input {info.name!r} must have the shape {_shape_text(info.shape)}, not {_shape_text(array.shape)}."
         )
@@ -191,6 +226,36 @@ def _shape_text(shape: Sequence[int | None]) -> str:
     return f"[{', '.join(free[i] if size is None else str(size) for i, size in enumerate(shape))}]"
 
 
+def _check_labels(metadata: Metadata, shape: Sequence[int | None]) -> None:
+    """Scores are [N, classes], of pixels [N, classes, H, W]; detectors have forms of their own."""
+    dimensions = {None: (2,), "classify": (2,), "text": (2,), "segment": (4,), "detect": ()}[metadata.task]
+    if metadata.labels is None or len(shape) not in dimensions or shape[1] is None:
+        return
+    if shape[1] != len(metadata.labels):
+        raise CompanionError(f"the network has {shape[1]} classes, but {len(metadata.labels)} labels were given.")
+
+
+@contextmanager
+def one_sentence(what: str) -> Iterator[None]:
+    """Have whatever goes wrong within said in one sentence that begins with ``what``.
+
+    Raises:
+        CompanionError: in place of any other exception: runtimes and networks of others raise what they like.
+    """
+    try:
+        yield
+    except CompanionError:
+        raise
+    except Exception as error:
+        raise CompanionError(f"{what}: {reason(error)}.") from error
+
+
 def reason(error: BaseException) -> str:
-    """The first line of what an exception says, without its full stop, to be part of a sentence."""
-    return str(error).strip().partition("\n")[0].rstrip(" .:") or type(error).__name__
+    """The first sentence of what an exception says, without its full stop, to be part of a sentence.
+
+    Of ONNX Runtime's neither error numbers nor node names, source files and C++ signatures are left.
+    """
+    said = str(error).rpartition("Status Message: ")[2].strip().partition("\n")[0]
+    said = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", said)
+    said = re.sub(r"\S*onnxruntime_src/\S+ .*?\) |This is an invalid model\. ", "", said)
+    return re.split(r"[.!?]\s+(?=[A-Z])", said)[0].rstrip(" .:") or type(error).__name__

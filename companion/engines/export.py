@@ -1,5 +1,6 @@
 """From a torch network to one ONNX file that every engine reads, checked before it is there."""
 
+import inspect
 import io
 import logging
 import math
@@ -14,10 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_map
 
-from companion.engines.base import Metadata, reason
-from companion.engines.network import check_batch, flatten, metadata_of, own_copy
+from companion.engines.base import Metadata, one_sentence, reason
+from companion.engines.network import check_batch, flatten, metadata_of, own_copy, random_like
 from companion.errors import CompanionError
 from companion.files import check_writable, replacing
 from companion.metrics import model_bytes
@@ -26,6 +27,7 @@ from companion.metrics.probe import call
 # ONNX is stored as protobuf, whose messages end at 2 GiB; a mebibyte is left for the graph.
 MAX_BYTES = 2**31 - 2**20
 OPSET = 20  # what torch 2.14 exports by default, and every engine of the course reads
+OLDEST_OPSET = 18  # the exporter writes this one; older ones it makes from that, not always
 BATCHES = (1, 7)  # batch sizes tried besides the example's
 
 
@@ -71,22 +73,40 @@ def export_onnx(
 
     Raises:
         CompanionError: a network that torch cannot export or ONNX Runtime cannot run, answers that differ by more than
-            the tolerance, 2 GiB of weights, or a file that cannot be written.
+            the tolerance or are no numbers, labels that are not as many as the classes, 2 GiB of weights, or a file
+            that cannot be written.
     """
     path = Path(path)
     if path.suffix != ".onnx":
         raise CompanionError(f"{path} is no name for an ONNX file: it must end in .onnx.")
     check_writable(path)
-    # In plain layout: from channels-last tensors torch would make another graph.
-    example = tree_map(lambda leaf: leaf.detach().cpu().contiguous() if isinstance(leaf, Tensor) else leaf, example)
-    inputs = check_batch(model, example)
-    model = own_copy(model).to(memory_format=torch.contiguous_format)
-    said = metadata_of(model, inputs, labels=labels, task=task)
-    content = _convert(model, example, opset, said)
-    largest, batches = _compare(model, example, content, tolerance)
+    content, largest, batches = onnx_bytes(model, example, labels=labels, task=task, opset=opset, tolerance=tolerance)
     with replacing(path) as file:
         file.write(content)
     return Export(path, len(content), largest, batches)
+
+
+def onnx_bytes(
+    model: nn.Module,
+    example: Any,
+    *,
+    labels: Sequence[str] | None = None,
+    task: str | None = None,
+    opset: int = OPSET,
+    tolerance: float = 1e-4,
+) -> tuple[bytes, float, tuple[int, ...]]:
+    """What `export_onnx` writes, with the largest difference and the batch sizes; arguments and errors are its."""
+    if type(opset) is not int or opset < OLDEST_OPSET:
+        raise CompanionError(f"opset is {opset!r}: give a whole number from {OLDEST_OPSET}.")
+    if not isinstance(tolerance, int | float) or not tolerance >= 0:  # NaN is not
+        raise CompanionError(f"tolerance is {tolerance!r}: give a number from 0.")
+    inputs = check_batch(model, example)
+    # In plain layout: from channels-last tensors torch would make another graph.
+    example = tree_map(lambda tensor: tensor.detach().cpu().contiguous(), example)
+    model = own_copy(model).to(memory_format=torch.contiguous_format)
+    said = metadata_of(model, inputs, labels=labels, task=task)
+    content = _convert(model, example, opset, said)
+    return content, *_compare(model, example, content, tolerance)
 
 
 def _convert(model: nn.Module, example: Any, opset: int, metadata: Metadata) -> bytes:
@@ -98,20 +118,24 @@ def _convert(model: nn.Module, example: Any, opset: int, metadata: Metadata) -> 
             f"the weights take {weights / 2**30:.1f} GiB, and one ONNX file holds less than 2: make it smaller."
         )
     answers = _run(model, example)
+    for name, tensor in answers.items():
+        if tensor.isnan().any():
+            raise CompanionError(f"{name} of the network is not a number (NaN) for the example: give another one.")
     # Two samples at least: what torch sees once, it may take for fixed.
-    example = tree_map(lambda tensor: torch.cat([tensor, tensor]) if len(tensor) == 1 else tensor, example)
-    arguments, by_name = ((), example) if isinstance(example, dict) else (example, None)
-    if isinstance(example, Tensor):
-        arguments = (example,)
+    example = tree_map(lambda tensor: torch.cat([tensor] * (2 if len(tensor) == 1 else 1)), example)
+    by_name = example if isinstance(example, dict) else {}
+    arguments = () if by_name else example if isinstance(example, tuple) else (example,)
     batch = torch.export.Dim("batch")
     try:
         with _quiet():
+            # By the parameters' names, for *args is one parameter.
+            parameters = dict(inspect.signature(model.forward).bind(*arguments, **by_name).arguments)
             program = torch.onnx.export(
                 model,
                 arguments,
                 kwargs=by_name,
                 dynamo=True,
-                dynamic_shapes=tree_map(lambda _: {0: batch}, by_name or arguments),
+                dynamic_shapes=tree_map(lambda _: {0: batch}, parameters),
                 input_names=list(flatten(example, "input")),
                 output_names=list(answers),
                 opset_version=opset,
@@ -145,17 +169,14 @@ def _quiet() -> Iterator[None]:
 
 
 def _run(model: nn.Module, example: Any) -> dict[str, Tensor]:
-    """The network's outputs by name."""
-    try:
-        with torch.no_grad():  # what networks keep from an inference mode, torch.export refuses
-            return flatten(call(model, example), "output")
-    except CompanionError:
-        raise
-    except Exception as error:  # whatever somebody's network raises
-        count = len(next(iter(flatten(example, "input").values())))
-        raise CompanionError(
-            f"{type(model).__name__} does not run on {count} samples like the example: {reason(error)}."
-        ) from error
+    """The network's outputs by name, for a copy of the example, which it may overwrite."""
+    count = len(tree_leaves(example)[0])
+    with (
+        one_sentence(f"{type(model).__name__} does not run on {count} samples like the example"),
+        torch.no_grad(),  # what networks keep from an inference mode, torch.export refuses
+    ):
+        outputs = flatten(call(model, tree_map(torch.clone, example)), "output")
+        return {name: tensor.detach().clone() for name, tensor in outputs.items()}
 
 
 def _root(error: BaseException) -> BaseException:
@@ -183,40 +204,28 @@ def _compare(model: nn.Module, example: Any, content: bytes, tolerance: float) -
     """
     from companion.engines.ort import OnnxRuntimeEngine
 
-    given = flatten(example, "input")
-    form = tree_flatten(example)[1]
-    size = len(next(iter(given.values())))
-    batches = tuple(sorted({*BATCHES, size}))
+    batches = tuple(sorted({*BATCHES, len(tree_leaves(example)[0])}))
     generator = torch.Generator().manual_seed(0)
     largest = 0.0
     with OnnxRuntimeEngine(content, threads=1) as engine:
-        for inputs in (given, *(_random_like(given, batch, generator) for batch in batches)):
-            expected = _run(model, tree_unflatten(list(inputs.values()), form))
-            found = engine.run({name: tensor.numpy() for name, tensor in inputs.items()})
+        for inputs in (example, *(random_like(example, batch, generator) for batch in batches)):
+            batch = len(tree_leaves(inputs)[0])
+            expected = _run(model, inputs)
+            found = engine.run({name: tensor.numpy() for name, tensor in flatten(inputs, "input").items()})
+            if set(expected) != set(found):
+                raise CompanionError(
+                    f"the network returns {', '.join(expected)} at batch {batch}, {', '.join(found)} for the example: "
+                    "what it returns must not depend on the batch."
+                )
             for name, tensor in expected.items():
                 difference = _difference(tensor.numpy(), found[name])
                 if not difference <= tolerance:  # NaN is not
-                    batch = len(next(iter(inputs.values())))
                     raise CompanionError(
                         f"ONNX Runtime's {name} differs from torch's by {difference:.1e} at batch {batch}, "
                         f"and {tolerance:.1e} is allowed: no file was written."
                     )
                 largest = max(largest, difference)
     return largest, batches
-
-
-def _random_like(given: dict[str, Tensor], batch: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """Other inputs of the same kind: fractions in the example's range; for whole numbers, maybe ids, its rows."""
-    rows = torch.randint(len(next(iter(given.values()))), (batch,), generator=generator)
-    random = {}
-    for name, tensor in given.items():
-        random[name] = tensor[rows]
-        if tensor.is_floating_point():
-            low, high = tensor.min(), tensor.max()
-            width = high - low if high > low else 1  # an example of zeros says nothing of the range
-            noise = torch.rand(random[name].shape, generator=generator, dtype=tensor.dtype)
-            random[name] = low + width * noise
-    return random
 
 
 def _difference(expected: np.ndarray, found: np.ndarray) -> float:

@@ -7,15 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten_with_path
+from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map
 
 from companion import models
-from companion.engines.base import Metadata, reason
+from companion.engines.base import TASKS, Metadata, one_sentence
 from companion.errors import CompanionError
 from companion.metrics.probe import check_example
 from companion.models.registry import attach
-
-TASKS = ("classify", "text", "segment", "detect")
 
 
 def own_copy(model: nn.Module) -> nn.Module:
@@ -24,10 +22,8 @@ def own_copy(model: nn.Module) -> nn.Module:
     Raises:
         CompanionError: it cannot be copied, as while torch.nn.utils.prune masks its weights.
     """
-    try:
+    with one_sentence(f"{type(model).__name__} cannot be copied"):
         return copy.deepcopy(model).cpu().eval()
-    except (RuntimeError, TypeError) as error:
-        raise CompanionError(f"{type(model).__name__} cannot be copied: {reason(error)}.") from error
 
 
 def example_for(model: nn.Module) -> Tensor:
@@ -58,11 +54,15 @@ def metadata_of(
     """What is known of ``model``: everything of a network of ours, else its class, its input and what is given here.
 
     Raises:
-        CompanionError: a task that is none or not the network's, or not as many labels as it has classes.
+        CompanionError: a task that is none or not the network's, labels that are no texts, or not as many as a network
+            of ours has classes; of others an engine finds out.
     """
     if task is not None and task not in TASKS:
         raise CompanionError(f"there is no task {task!r}: choose one of {', '.join(TASKS)}.")
-    labels = None if labels is None else tuple(labels)
+    if labels is not None:
+        if isinstance(labels, str) or not isinstance(labels, Sequence) or not all(isinstance(t, str) for t in labels):
+            raise CompanionError(f"labels must be a list of texts, not {labels!r}.")
+        labels = tuple(labels)
     size = tuple(next(iter(inputs.values())).shape[1:])
     try:
         info = models.describe(model)
@@ -83,6 +83,13 @@ def check_batch(model: nn.Module, example: Any) -> dict[str, Tensor]:
         CompanionError: they do not, or the example is none.
     """
     check_example(model, example)
+    arguments = example.values() if isinstance(example, dict) else example if isinstance(example, tuple) else [example]
+    for argument in arguments:
+        if isinstance(argument, list | tuple | dict):
+            raise CompanionError(
+                "the example must be a tensor, a tuple of the network's arguments, or a dict of them by name, "
+                f"each a tensor and none a {type(argument).__name__}."
+            )
     tensors = flatten(example, "input")
     sizes = {name: tuple(tensor.shape[:1]) for name, tensor in tensors.items()}
     if () in sizes.values() or len(set(sizes.values())) != 1:
@@ -90,7 +97,24 @@ def check_batch(model: nn.Module, example: Any) -> dict[str, Tensor]:
         raise CompanionError(
             f"every input of the example needs the same number of samples as its first dimension, not {shapes}."
         )
+    if any(tensor.is_meta for tensor in tensors.values()):
+        raise CompanionError("the example is on the device meta, where tensors have no values: give one on the CPU.")
     return tensors
+
+
+def random_like(example: Any, batch: int, generator: torch.Generator) -> Any:
+    """Another example of the same form: fractions in its range; for whole numbers, maybe ids, its rows."""
+    rows = torch.randint(len(tree_leaves(example)[0]), (batch,), generator=generator)
+
+    def other(tensor: Tensor) -> Tensor:
+        drawn = tensor[rows.to(tensor.device)]
+        if not tensor.is_floating_point():
+            return drawn
+        low, high = tensor.min(), tensor.max()
+        width = high - low if high > low else 1  # an example of zeros says nothing of the range
+        return low + width * torch.rand(drawn.shape, generator=generator, dtype=tensor.dtype).to(tensor.device)
+
+    return tree_map(other, example)
 
 
 def flatten(value: Any, root: str) -> dict[str, Tensor]:
@@ -111,16 +135,14 @@ def flatten(value: Any, root: str) -> dict[str, Tensor]:
         name = root if by_number and len(leaves) == 1 else "_".join([root, *steps] if by_number else steps)
         if not isinstance(leaf, Tensor):
             raise CompanionError(f"{name} of the network is {type(leaf).__name__}: only tensors can go in and out.")
-        if leaf.dtype == torch.bfloat16:
+        try:
+            leaf.new_empty(0, device="cpu").numpy()
+        except TypeError as error:
+            dtype = str(leaf.dtype).removeprefix("torch.")
             raise CompanionError(
-                f"{name} of the network is bfloat16, which NumPy lacks: call the network's float() first."
-            )
+                f"{name} of the network is {dtype}, which NumPy lacks: call the network's float() first."
+            ) from error
         if name in named:
             raise CompanionError(f"two tensors of the network would both be called {name}: rename one.")
         named[name] = leaf
     return named
-
-
-def numpy_name(dtype: torch.dtype) -> str:
-    """``float32`` for torch.float32: the two libraries call the same numbers the same, bfloat16 apart."""
-    return str(dtype).removeprefix("torch.")

@@ -1,7 +1,7 @@
 """ONNX Runtime: the default engine, for CPUs and, in its GPU build, for CUDA."""
 
-import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime  # type: ignore[import-untyped]
@@ -40,7 +40,7 @@ class OnnxRuntimeEngine(Engine):
             CompanionError: not an ONNX file, one that lacks its weights or has operations that ONNX Runtime does not
                 know, or no such provider or level here.
         """
-        if optimization not in _LEVELS:
+        if optimization not in list(_LEVELS):
             raise CompanionError(f"there is no optimization {optimization!r}: choose one of {', '.join(_LEVELS)}.")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
@@ -58,14 +58,13 @@ class OnnxRuntimeEngine(Engine):
             raise CompanionError(
                 f"ONNX Runtime's {wanted} does not work here: its libraries or its hardware are missing."
             )
+        nodes = self._session.get_inputs()
         try:
             metadata = Metadata.from_text(self._session.get_modelmeta().custom_metadata_map)
+            inputs, outputs = (list(map(_info, side)) for side in (nodes, self._session.get_outputs()))
+            super().__init__("onnxruntime", inputs, outputs, metadata, _batches(nodes))
         except CompanionError as error:
             raise CompanionError(f"{what} cannot be used: {error}") from error
-        inputs, outputs = (
-            [_info(what, node) for node in nodes] for nodes in (self._session.get_inputs(), self._session.get_outputs())
-        )
-        super().__init__("onnxruntime", inputs, outputs, metadata)
 
     def _run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         names = [info.name for info in self.outputs]
@@ -75,30 +74,41 @@ class OnnxRuntimeEngine(Engine):
         del self._session
 
 
-def _provider(name: str) -> str:
+def _provider(name: Any) -> str:
     """The full name of an execution provider: ``CUDAExecutionProvider`` for ``cuda``."""
     there = {full.removesuffix("ExecutionProvider").lower(): full for full in onnxruntime.get_available_providers()}
-    short = name.removesuffix("ExecutionProvider").lower()
+    short = str(name).removesuffix("ExecutionProvider").lower()
     if short not in there:
         advice = ": install onnxruntime-gpu in place of onnxruntime" if short == "cuda" else ""
         raise CompanionError(f"this ONNX Runtime has no provider {name!r}, only {', '.join(there)}{advice}.")
     return there[short]
 
 
-def _info(what: str, node: onnxruntime.NodeArg) -> TensorInfo:
+def _batches(nodes: list[onnxruntime.NodeArg]) -> list[list[str]]:
+    """Groups of inputs with the same number of samples: those whose first dimensions have one name."""
+    groups: dict[str, list[str]] = {}
+    for node in nodes:
+        if node.shape and isinstance(node.shape[0], str):
+            groups.setdefault(node.shape[0], []).append(node.name)
+    return list(groups.values())
+
+
+def _info(node: onnxruntime.NodeArg) -> TensorInfo:
     if node.type not in _DTYPES:
-        raise CompanionError(f"{what} cannot be used: its {node.name} is a {node.type}, which NumPy lacks.")
+        raise CompanionError(f"its {node.name} is a {node.type}, which NumPy lacks.")
     # A free dimension has a name, or none at all.
     return TensorInfo(node.name, _DTYPES[node.type], tuple(n if isinstance(n, int) else None for n in node.shape))
 
 
 def _explain(what: str, error: Exception) -> str:
-    """ONNX Runtime's complaint as one sentence, without its error numbers, source files and C++ signatures."""
-    said = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", reason(error))
-    if "External data" in said:
-        return f"{what} keeps its weights in another file, which is not there: {said}."
-    if re.search(r"[Pp]rotobuf", said):
+    """ONNX Runtime's complaint about a file as one sentence."""
+    text, said = str(error), reason(error)
+    if "External data path" in text:
+        if "does not exist" in text:
+            missing = text.rpartition("does not exist: ")[2]
+            return f"{what} keeps its weights in another file, which is not there: {missing}."
+        return f"{what} keeps its weights in a file outside its folder, which is not read: put both into one folder."
+    if "protobuf" in text.lower():
         return f"{what} is not an ONNX file or is damaged."
     said = said.removeprefix(f"Load model from {what}").removeprefix(" failed:").lstrip()
-    said = re.sub(r"\S*onnxruntime_src/\S+ .*?\) ", "", said)
     return f"ONNX Runtime cannot load {what}: {said}."

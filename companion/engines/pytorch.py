@@ -1,22 +1,21 @@
 """torch itself as an engine, plain and tuned, and the way back: an engine as a torch module."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from companion.engines.base import Engine, TensorInfo, reason
+from companion.engines.base import Engine, TensorInfo, one_sentence, reason
 from companion.engines.fusion import fold_batch_norms
 from companion.engines.network import (
     check_batch,
     example_for,
     flatten,
     metadata_of,
-    numpy_name,
     own_copy,
     takes_any_size,
 )
@@ -38,66 +37,56 @@ class TorchEngine(Engine):
         """
         Args:
             model: the network.
-            threads: CPU threads while it runs. torch has one number for the whole process: it is set and put back.
+            threads: CPU threads while it runs: torch's number for the thread that calls, set and put back.
             example: what the network takes: a tensor, a tuple of its arguments, or a dict of them by name, each with
                 the samples in the first dimension. It fixes the other dimensions. Our image networks need none, and
                 take images of any size that suits them.
             device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
 
         Raises:
-            CompanionError: no example where one is needed, one that the network cannot run on, or no such device.
+            CompanionError: no example where one is needed, one that the network cannot run on, no such device, or one
+                without the memory for it.
         """
-        any_size = example is None
+        any_size = False
         if example is None:
-            example = example_for(model)
-            any_size = takes_any_size(model)
-        tensors = {name: tensor.detach().cpu() for name, tensor in check_batch(model, example).items()}
+            example, any_size = example_for(model), takes_any_size(model)
+        tensors = check_batch(model, example)
+        one = {name: tensor[:1].detach().cpu().numpy() for name, tensor in tensors.items()}
         self._form = tree_flatten(example)[1]
         self._threads = threads
-        self._device = device
-        self._model: nn.Module | None = own_copy(model)
-        try:
-            self._model.to(device)
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            raise CompanionError(
-                f"there is no device {device!r} here: `companion doctor` lists those there are."
-            ) from error
-
-        # Run on two sizes: a dimension of an output is free if it follows the input's.
-        one = {name: tensor[:1] for name, tensor in tensors.items()}
-        two = {name: torch.cat([tensor[:1]] * 2) for name, tensor in tensors.items()}
-        try:
+        self._device = _device(device)
+        with one_sentence(f"{type(model).__name__} cannot be moved to {device}"):
+            self._model: nn.Module | None = own_copy(model).to(self._device)
+        with one_sentence(f"{type(model).__name__} does not run on the example"):
             self._prepare(one)
-            first = self._forward(one)
-            if any_size:  # without memory or arithmetic: four times the pixels may take long
-                two = {name: tensor.to("meta").repeat(1, 1, 2, 2) for name, tensor in two.items()}
-                second = flatten(call(on_meta(self._model), tree_unflatten(list(two.values()), self._form)), "output")
-            else:
-                second = self._forward(two)
-        except CompanionError:
-            raise
-        except Exception as error:  # whatever somebody's network raises
-            raise CompanionError(f"{type(model).__name__} does not run on the example: {reason(error)}.") from error
-        super().__init__(self.name, _infos(one, two), _infos(first, second), metadata_of(model, one))
+            inputs, outputs = self._describe(one, any_size)
+        super().__init__(self.name, inputs, outputs, metadata_of(model, tensors))
 
-    def _prepare(self, inputs: dict[str, Tensor]) -> None:
+    def _prepare(self, inputs: dict[str, np.ndarray]) -> None:
         """What is done to the network before it runs for the first time."""
 
-    def _arguments(self, inputs: dict[str, Tensor]) -> Any:
-        """The inputs in the form in which the network takes them."""
-        return tree_unflatten([tensor.to(self._device) for tensor in inputs.values()], self._form)
+    def _describe(self, one: dict[str, np.ndarray], any_size: bool) -> tuple[list[TensorInfo], list[TensorInfo]]:
+        """What goes in and comes out, seen on two sizes: a dimension is free if it follows that of the inputs."""
+        outputs = self._run(one)
+        if not any_size:
+            two = {name: np.concatenate([array, array]) for name, array in one.items()}
+            return _infos(one, two), _infos(outputs, self._run(two))
+        # Without memory or arithmetic: four times the pixels may take long.
+        assert self._model is not None
+        large = {name: torch.from_numpy(array).to("meta").repeat(2, 1, 2, 2) for name, array in one.items()}
+        answers = call(on_meta(self._model), tree_unflatten(list(large.values()), self._form))
+        return _infos(one, large), _infos(outputs, flatten(answers, "output"))
 
-    def _forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _arguments(self, inputs: dict[str, np.ndarray]) -> Any:
+        """The inputs in the form in which the network takes them, as copies, which it may overwrite."""
+        return tree_unflatten([torch.tensor(array, device=self._device) for array in inputs.values()], self._form)
+
+    def _run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         assert self._model is not None
         with torch.inference_mode(), _threads(self._threads):
             outputs = flatten(call(self._model, self._arguments(inputs)), "output")
-            return {name: tensor.cpu().contiguous() for name, tensor in outputs.items()}
-
-    def _run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        # torch knows no read-only memory and warns of it.
-        owned = {name: array if array.flags.writeable else array.copy() for name, array in inputs.items()}
-        outputs = self._forward({name: torch.from_numpy(array) for name, array in owned.items()})
-        return {name: tensor.numpy() for name, tensor in outputs.items()}
+            # Copied, for they may be the network's own weights, or views of each other.
+            return {name: t.cpu().clone(memory_format=torch.contiguous_format).numpy() for name, t in outputs.items()}
 
     def _release(self) -> None:
         self._model = None
@@ -109,19 +98,32 @@ class FusedTorchEngine(TorchEngine):
 
     name = "torch_fused"
 
-    def _prepare(self, inputs: dict[str, Tensor]) -> None:
+    def _prepare(self, inputs: dict[str, np.ndarray]) -> None:
         assert self._model is not None
-        fold_batch_norms(self._model, super()._arguments(inputs))
+        with _threads(self._threads):
+            fold_batch_norms(self._model, super()._arguments(inputs))
         for parameter in self._model.parameters():
             if parameter.dim() == 4:
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
-    def _arguments(self, inputs: dict[str, Tensor]) -> Any:
-        images_last = {
-            name: tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
-            for name, tensor in inputs.items()
-        }
-        return super()._arguments(images_last)
+    def _arguments(self, inputs: dict[str, np.ndarray]) -> Any:
+        def images_last(tensor: Tensor) -> Tensor:
+            return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
+
+        return tree_map(images_last, super()._arguments(inputs))
+
+
+def _device(name: str) -> torch.device:
+    """The device called ``name``, if torch can use it here and tensors on it have values."""
+    try:
+        device = torch.empty(0, device=name).device
+    except Exception as error:
+        raise CompanionError(
+            f"there is no device {name!r} here, which `companion doctor` would list: {reason(error)}."
+        ) from error
+    if device.type == "meta":
+        raise CompanionError("networks on the device meta have no values: choose one that `companion doctor` lists.")
+    return device
 
 
 @contextmanager
@@ -134,16 +136,24 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _infos(first: dict[str, Tensor], second: dict[str, Tensor]) -> list[TensorInfo]:
+def _infos(first: Mapping[str, np.ndarray], second: Mapping[str, np.ndarray | Tensor]) -> list[TensorInfo]:
     """Names, dtypes and shapes; a dimension is None where the two differ."""
-    return [
-        TensorInfo(
-            name,
-            numpy_name(tensor.dtype),
-            tuple(a if a == b else None for a, b in zip(tensor.shape, second[name].shape, strict=True)),
+    if list(first) != list(second):
+        raise CompanionError(
+            f"the network returns {', '.join(first)} for one sample and {', '.join(second)} for two: "
+            "what it returns must not depend on their number."
         )
-        for name, tensor in first.items()
-    ]
+    infos = []
+    for name, array in first.items():
+        shape, other = array.shape, tuple(second[name].shape)
+        if len(shape) != len(other):
+            raise CompanionError(
+                f"{name} of the network has the shape {list(shape)} for one sample and {list(other)} for two: "
+                "the number of its dimensions must not depend on that of the samples."
+            )
+        free = tuple(a if a == b else None for a, b in zip(shape, other, strict=True))
+        infos.append(TensorInfo(name, array.dtype.name, free))
+    return infos
 
 
 class _EngineModule(nn.Module):

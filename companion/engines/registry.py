@@ -2,7 +2,6 @@
 
 import inspect
 import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -13,7 +12,7 @@ from torch import nn
 
 from companion import models
 from companion.engines.base import Engine
-from companion.engines.export import export_onnx
+from companion.engines.export import onnx_bytes
 from companion.engines.network import example_for
 from companion.errors import CompanionError
 
@@ -63,7 +62,7 @@ def load(
 
     Args:
         path_or_model: an ``.onnx`` file, a ``.safetensors`` file of ours, or a network in memory, which the engine
-            copies. An engine that runs ONNX files exports the other two to a temporary one first, which takes seconds.
+            copies. An engine that runs ONNX files has the other two exported first, in memory, which takes seconds.
         engine: one of `available`: ``onnxruntime``, ``torch`` or ``torch_fused``.
         threads: CPU threads. One by default: on busy cores more are slower, and they make timings hard to compare.
         options: the engine's own. ``torch`` and ``torch_fused``: ``device`` ("cpu"). ``onnxruntime``: ``provider``
@@ -73,7 +72,7 @@ def load(
     Raises:
         CompanionError: no such engine or option, one whose module is not installed, or something that it cannot load.
     """
-    if engine not in _ENGINES:
+    if engine not in list(_ENGINES):
         raise CompanionError(f"there is no engine {engine!r}: choose one of {', '.join(_ENGINES)}.")
     row = _ENGINES[engine]
     if not _importable(row.needs):
@@ -94,14 +93,14 @@ def load(
     if not isinstance(source, nn.Module):
         return make(source, threads=threads, **options)
     example = options.pop("example", None)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "network.onnx"
-        export_onnx(source, example_for(source) if example is None else example, path)
-        return make(path, threads=threads, **options)
+    content, _, _ = onnx_bytes(source, example_for(source) if example is None else example)
+    return make(content, threads=threads, **options)
 
 
-def _open(path: str | os.PathLike[str]) -> nn.Module | Path:
+def _open(path: Any) -> nn.Module | Path:
     """The network in a weights file, or the path of an ONNX file."""
+    if not isinstance(path, str | os.PathLike):
+        raise CompanionError(f"load takes the name of a file or a network (torch.nn.Module), not {path!r}.")
     path = Path(path)
     if path.is_dir():
         raise CompanionError(f"{path} is a folder: name a file in it.")

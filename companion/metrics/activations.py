@@ -34,7 +34,8 @@ def activation_bytes(model: nn.Module, example: Any, *, training: bool) -> int:
         CompanionError: the network does not run on such an example.
     """
     probe.check_example(model, example)
-    with probe.one_sentence(model, example, "as it is"), probe.borrowed(model, training=training) as (run, state):
+    with probe.one_sentence(model, example, "as it is"), probe.borrowed(model, training=training):
+        example, state = probe.copied(example), [*model.parameters(), *model.buffers()]
         if training:
             kept: dict[int, Any] = {}  # storages by identity, held so that no identity is used twice
             own = {tensor.untyped_storage()._cdata for tensor in state}
@@ -46,15 +47,15 @@ def activation_bytes(model: nn.Module, example: Any, *, training: bool) -> int:
                 return tensor
 
             with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-                outputs = probe.call(run, example)  # held: saved tensors die with the graph
+                outputs = probe.call(model, example)  # held: saved tensors die with the graph
             del outputs
             return sum(storage.nbytes() for storage in kept.values())
         with torch.no_grad():
-            device = next(t.device for t in (*state, *tree_leaves(example)) if isinstance(t, Tensor))
+            device = [*state, *probe.tensors_in(example)][0].device
             if device.type in ("cpu", "cuda"):
-                return peak_allocated(lambda: probe.call(run, example), device)
+                return peak_allocated(lambda: probe.call(model, example), device)
             with _Peak(state, example) as peak:
-                probe.call(run, example)
+                probe.call(model, example)
             return peak.bytes
 
 

@@ -59,14 +59,15 @@ class Complexity:
     total: Cost
     parameters: int
     by_module: dict[str, Cost]
-    """Cost by dotted name, in the order in which modules first ran; a parent's includes its children's, and a
-    module called twice counts twice."""
+    """Cost of the forward pass by dotted name, in the order in which modules first ran: a parent's includes its
+    children's, and a module called twice counts twice. Modules without an operator (Identity) are left out; one that
+    stands in several places goes by one of its names."""
     by_operator: dict[str, Cost]
     """Cost by operator as PyTorch names it, the most MACs first."""
     uncounted: tuple[str, ...] = ()
     """Operators whose work is unknown, and where: ``fc: quantized::linear``. Not empty: the counts are too low."""
     training: bool = False
-    """One forward and backward pass instead of a forward pass."""
+    """Total and operators are those of one forward and backward pass, not of a forward pass."""
 
     @property
     def macs(self) -> int:
@@ -100,7 +101,11 @@ def model_bytes(path_or_model: str | os.PathLike[str] | nn.Module) -> int:
         CompanionError: there is no such file.
     """
     if isinstance(path_or_model, nn.Module):
-        storages = [t.untyped_storage() for t in (*path_or_model.parameters(), *path_or_model.buffers())]
+        probe.check_shapes(path_or_model)
+        # The state has what quantised layers pack away, the buffers what is not saved.
+        state = probe.tensors_in([*path_or_model.parameters(), *path_or_model.buffers(), path_or_model.state_dict()])
+        parts = [part for tensor in state for part in _dense(tensor)]
+        storages = [part.untyped_storage() for part in parts]
         # By identity, not by address: on the meta device every address is zero.
         return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
     path = Path(path_or_model)
@@ -109,16 +114,22 @@ def model_bytes(path_or_model: str | os.PathLike[str] | nn.Module) -> int:
     return path.stat().st_size
 
 
+def _dense(tensor: Tensor) -> tuple[Tensor, ...]:
+    """The dense tensors that a sparse one consists of."""
+    if tensor.layout is torch.sparse_coo:
+        return tensor._indices(), tensor._values()
+    if tensor.layout is torch.sparse_csr:
+        return tensor.crow_indices(), tensor.col_indices(), tensor.values()
+    return (tensor,)
+
+
 def count_macs(model: nn.Module, example: Any, *, training: bool = False) -> int:
     """Multiply–adds of one forward pass on ``example``; arguments and errors are those of `count_complexity`.
 
     Warns:
         UncountedWarning: an operator was left out, because nobody knows its work.
     """
-    found = count_complexity(model, example, training=training)
-    if found.uncounted:
-        warnings.warn(f"the count leaves out {'; '.join(found.uncounted)}", UncountedWarning, stacklevel=2)
-    return found.macs
+    return _total(model, example, training).macs
 
 
 def count_flops(model: nn.Module, example: Any, *, training: bool = False) -> int:
@@ -127,10 +138,14 @@ def count_flops(model: nn.Module, example: Any, *, training: bool = False) -> in
     Warns:
         UncountedWarning: an operator was left out, because nobody knows its work.
     """
+    return _total(model, example, training).flops
+
+
+def _total(model: nn.Module, example: Any, training: bool) -> Cost:
     found = count_complexity(model, example, training=training)
     if found.uncounted:
-        warnings.warn(f"the count leaves out {'; '.join(found.uncounted)}", UncountedWarning, stacklevel=2)
-    return found.flops
+        warnings.warn(f"the count leaves out {'; '.join(found.uncounted)}", UncountedWarning, stacklevel=3)
+    return found.total
 
 
 def count_complexity(model: nn.Module, example: Any, *, training: bool = False) -> Complexity:
@@ -155,36 +170,43 @@ def count_complexity(model: nn.Module, example: Any, *, training: bool = False) 
     """
     probe.check_example(model, example)
     ledger = _Ledger()
+    tensors = [*model.parameters(), *probe.tensors_in(example)]
+    scripted = isinstance(model, torch.jit.ScriptModule)  # knows the device of its weights
     try:
-        with probe.one_sentence(model, example, "on the meta device (shapes, no values)"):
+        with (
+            probe.one_sentence(model, example, "on the meta device (shapes, no values)"),
+            probe.undrawn(model),
+            torch.inference_mode(False),
+        ):
+            if scripted:
+                raise CompanionError("a compiled network cannot be moved.")
             twin = probe.on_meta(model).train(training)
             with torch.device("meta"):  # for tensors that the forward pass makes itself
-                _pass(twin, twin, probe.move(example, "meta"), ledger, training)
+                _pass(twin, probe.copied(example, "meta"), ledger, training)
     except CompanionError:
-        tensors = [t for t in (*model.parameters(), *tree_leaves(example)) if isinstance(t, Tensor)]
-        if not ledger.failed_outside_torch or any(tensor.is_meta for tensor in tensors):
+        if not (ledger.failed_outside_torch or scripted) or any(tensor.is_meta for tensor in tensors):
             raise
         with (
             probe.one_sentence(model, example, "as it is"),
-            probe.separate_layers(),
-            sdpa_kernel(SDPBackend.MATH),
-            probe.borrowed(model, training=training) as (runnable, _),
+            _plain_kernels(),
+            probe.borrowed(model, training=training),
         ):
-            _pass(runnable, model, example, ledger, training)
+            _pass(model, probe.copied(example), ledger, training)
     return ledger.result(model, training)
 
 
-def _pass(run: Callable[..., Any], model: nn.Module, example: Any, ledger: "_Ledger", training: bool) -> None:
-    with torch.set_grad_enabled(training), ledger.open():
-        outputs = probe.call(run, example)
+def _pass(model: nn.Module, example: Any, ledger: "_Ledger", training: bool) -> None:
+    with torch.set_grad_enabled(training), probe.separate_layers(), ledger.open():
+        outputs = probe.tensors_in(probe.call(model, example))
+        ledger.end_of_forward()
         if not training:
             return
-        outputs = [o for o in tree_leaves(outputs) if isinstance(o, Tensor) and o.requires_grad]
-        wanted = [t for t in (*model.parameters(), *tree_leaves(example)) if isinstance(t, Tensor) and t.requires_grad]
+        outputs = [output for output in outputs if output.grad_fn is not None]
+        wanted = [tensor for tensor in (*model.parameters(), *probe.tensors_in(example)) if tensor.requires_grad]
         if not outputs:
             raise CompanionError("no output of the network needs a gradient, so there is no backward pass to count.")
         # Returned, not stored: the weights may be the user's own.
-        torch.autograd.grad(outputs, wanted, [torch.ones_like(o) for o in outputs], allow_unused=True)
+        torch.autograd.grad(outputs, wanted, [torch.ones_like(output) for output in outputs], allow_unused=True)
 
 
 class _Ledger(TorchDispatchMode):
@@ -206,49 +228,70 @@ class _Ledger(TorchDispatchMode):
         with self, self.counter:
             yield
 
+    def end_of_forward(self) -> None:
+        # In the backward pass the counter takes work of one module for that of others, so modules end here.
+        flops = self.counter.get_flop_counts()
+        self.by_module = {  # the counter's names begin with the class of the whole network
+            key.partition(".")[2]: Cost(sum(flops.get(key, {}).values()) // FLOPS_PER_MAC, moved)
+            for key, moved in self.moved.items()
+            if "." in key
+        }
+
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         try:
             out = function(*args, **(kwargs or {}))
         except Exception:
             self.failed_outside_torch = function.namespace not in _TORCH
             raise
-        operator = function.overloadpacket
+        operator, read = function.overloadpacket, tree_leaves((args, kwargs))
         modules = sorted(self.counter.mod_tracker.parents - {"Global"}, key=len)
-        if not (function.is_view or function.__name__.split(".")[0] in _FREE):
-            moved = sum(map(_bytes, {id(t): t for t in tree_leaves((args, kwargs))}.values()))
-            moved += sum(map(_bytes, tree_leaves(out)))
-            self.moved_by_operator[operator] += moved
-            for module in ("Global", *modules):
-                self.moved[module] += moved
-        if operator not in self.counter.flop_registry and _may_multiply(function):
+        moved = _moved(function, read, tree_leaves(out))
+        self.moved_by_operator[operator] += moved
+        for module in ("Global", *modules):
+            self.moved[module] += moved
+        tensors = any(isinstance(leaf, Tensor) for leaf in (*read, *tree_leaves(out)))
+        if tensors and operator not in self.counter.flop_registry and _may_multiply(function):
             where = modules[-1].partition(".")[2] if modules else ""
             self.unknown[f"{where}: {_name(operator)}".removeprefix(": ")] = None
         return out
 
     def result(self, model: nn.Module, training: bool) -> Complexity:
-        flops = self.counter.get_flop_counts()
-
-        def cost(key: str) -> Cost:
-            return Cost(sum(flops.get(key, {}).values()) // FLOPS_PER_MAC, self.moved[key])
-
+        flops = self.counter.get_flop_counts().get("Global", {})
         operators = {
-            _name(operator): Cost(flops.get("Global", {}).get(operator, 0) // FLOPS_PER_MAC, moved)
+            _name(operator): Cost(flops.get(operator, 0) // FLOPS_PER_MAC, moved)
             for operator, moved in self.moved_by_operator.items()
         }
         return Complexity(
-            total=cost("Global"),
+            total=sum(operators.values(), Cost()),
             parameters=count_parameters(model),
-            # The counter's names begin with the class of the whole network.
-            by_module={key.partition(".")[2]: cost(key) for key in list(self.moved) if "." in key},
+            by_module=self.by_module,
             by_operator=dict(sorted(operators.items(), key=lambda item: -item[1].macs)),
             uncounted=tuple(self.unknown),
             training=training,
         )
 
 
-_TORCH = ("aten", "prims", "prim")
+_TORCH = ("aten", "prims", "prim", "profiler", "c10d", "_c10d_functional")
 # Make or relabel tensors without touching their memory, though their schema does not call them views.
-_FREE = ("_unsafe_view", "_reshape_alias", "lift_fresh", "detach", "empty", "empty_like", "empty_strided", "new_empty")
+_FREE = {"_unsafe_view", "_reshape_alias", "lift_fresh", "detach", "empty", "empty_like", "empty_strided", "new_empty"}
+_FREE |= {"empty_permuted", "new_empty_strided"}
+# Read as many elements as they give, not the whole of their first argument.
+_GATHERS = {"embedding", "index_select", "gather", "index", "take"}
+# Write their first argument without reading it.
+_WRITES = {"copy_", "fill_", "zero_", "uniform_", "normal_"}
+
+
+def _moved(function: Any, read: list[Any], written: list[Any]) -> int:
+    """Bytes that an operator reads and writes."""
+    name = function.__name__.split(".")[0]
+    if function.is_view or name in _FREE:
+        return 0
+    out = sum(map(_bytes, written))
+    if name in _GATHERS:
+        return 2 * out + sum(_bytes(leaf) for leaf in read[1:])
+    if name in _WRITES:
+        read = read[1:]
+    return out + sum(map(_bytes, {id(leaf): leaf for leaf in read}.values()))
 
 
 def _bytes(leaf: Any) -> int:
@@ -267,9 +310,15 @@ def _name(operator: Any) -> str:
 # name is reported, as is every operator from elsewhere; sums, norms and the like count as nothing by definition.
 _PRODUCTS = re.compile(
     r"(^|_)(b?mm|addb?mm|baddbmm|mv|matmul|linear|trilinear|conv|convolution|conv[123]d|rnn|lstm|gru|attention|"
-    r"encoder|decoder|fft|linalg|cdist)(_|$)"
+    r"encoder|decoder|fft|linalg|c?dist|pdist|cholesky|ormqr|geqrf|triangular|sspaddmm|hspmm)(_|$)"
 )
-_NOT_PRODUCTS = ("_thnn_fused_lstm_cell", "_thnn_fused_gru_cell", "linalg_vector_norm", "linalg_cross")
+_NOT_PRODUCTS = (
+    "_thnn_fused_lstm_cell",
+    "_thnn_fused_gru_cell",
+    "linalg_vector_norm",
+    "linalg_cross",
+    "_linalg_check_errors",
+)
 
 
 def _may_multiply(function: Any) -> bool:
@@ -328,3 +377,12 @@ _FORMULAS: dict[Any, Callable[..., int]] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
+
+
+@contextmanager
+def _plain_kernels() -> Iterator[None]:
+    """Have a real device take attention and LSTMs apart as the meta device does."""
+    with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
+        warnings.simplefilter("ignore")  # the switch sets one for Intel's GPUs, too, and warns if there are none
+        with torch.backends.mkldnn.flags(enabled=False), torch.backends.cudnn.flags(enabled=False):
+            yield

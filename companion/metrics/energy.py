@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
+from numbers import Real
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -85,14 +86,14 @@ class RaplReader:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8").strip()
+        return path.read_text(encoding="utf-8", errors="replace").strip()
     except PermissionError as error:
         raise CompanionError(
             f"RAPL: {path} is there, but only root may read it: `sudo chmod a+r {path.parent.parent}/*/energy_uj` "
             "allows it until the next start."
         ) from error
-    except (OSError, ValueError) as error:
-        raise CompanionError(f"RAPL: {path} cannot be read: {error}.") from error
+    except OSError as error:
+        raise CompanionError(f"RAPL: {path} cannot be read: {error.strerror or error}.") from error
 
 
 def _microjoules(path: Path) -> int:
@@ -157,8 +158,8 @@ class Estimate:
     def __init__(
         self, watts: float, *, instead_of: tuple[str, ...] = (), clock: Callable[[], float] = time.perf_counter
     ) -> None:
-        if not 0 < watts < math.inf:
-            raise CompanionError(f"watts must be a positive number, not {watts}.")
+        if not _is_number(watts) or not 0 < watts < math.inf:
+            raise CompanionError(f"watts must be a positive number, not {watts!r}.")
         self._watts, self._clock, self._start = watts, clock, clock()
         self.instead_of = instead_of
         self.source = f"estimate, seconds × {watts:g} W as stated"
@@ -166,6 +167,10 @@ class Estimate:
     def read(self) -> float:
         """Joules since this reader was made."""
         return self._watts * (self._clock() - self._start)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -186,6 +191,10 @@ class Energy:
     """Mean power before the calls, while this process slept; None if it was not asked for."""
     instead_of: tuple[str, ...] = ()
     """Why each counter that would have been better was not used."""
+
+    def __post_init__(self) -> None:
+        if self.calls < 1 or not self.seconds > 0:
+            raise CompanionError(f"{self.calls} calls in {self.seconds:g} s cannot be measured: look at the clock.")
 
     @property
     def watts(self) -> float:
@@ -214,7 +223,7 @@ def measure_energy(
     *,
     reader: Reader | None = None,
     watts: float | None = None,
-    device: str | None = None,
+    device: Any = None,
     seconds: float = 1.0,
     idle_seconds: float = 0.0,
     synchronize: Callable[[], Any] | None = None,
@@ -239,10 +248,16 @@ def measure_energy(
         sleep: waits so many seconds.
 
     Raises:
-        CompanionError: no counter and no ``watts``, a counter that does not move, or times that make no sense.
+        CompanionError: no counter and no ``watts``, a counter or a clock that does not move or is broken, an unknown
+            device, a ``function`` that cannot be called, or times that make no sense.
     """
-    if not 0 < seconds < math.inf or not 0 <= idle_seconds < math.inf:
-        raise CompanionError(f"seconds must be positive and idle_seconds 0 or more, not {seconds} and {idle_seconds}.")
+    if not callable(function):
+        raise CompanionError(f"function must be something to call, not {function!r}.")
+    times = _is_number(seconds) and _is_number(idle_seconds)
+    if not times or not 0 < seconds < math.inf or not 0 <= idle_seconds < math.inf:
+        raise CompanionError(
+            f"seconds must be positive and idle_seconds 0 or more, not {seconds!r} and {idle_seconds!r}."
+        )
     reader = reader or energy_reader(watts=watts, device=device)
     if reader.estimated and idle_seconds:
         raise CompanionError("an estimate cannot tell idling from work: leave idle_seconds out.")
@@ -254,15 +269,15 @@ def measure_energy(
         if idle_seconds:
             joules, start = reader.read(), clock()
             sleep(idle_seconds)
-            idle_watts = (reader.read() - joules) / (clock() - start)
+            idle_watts = Energy(_used(reader, joules), 1, clock() - start, reader.source, reader.estimated).watts
         calls = 0
         joules, start = reader.read(), clock()
         while calls == 0 or clock() - start < seconds:
             function()
             calls += 1
         wait()
-        joules, elapsed = reader.read() - joules, clock() - start
-    if not joules > 0:
+        joules, elapsed = _used(reader, joules), clock() - start
+    if not joules:
         raise CompanionError(
             f"the counter ({reader.source}) did not move in {elapsed:.2g} s: it may be that of a virtual machine, or "
             "another device's; for an estimate, give reader=Estimate(watts)."
@@ -276,6 +291,13 @@ def measure_energy(
         idle_watts,
         getattr(reader, "instead_of", ()),
     )
+
+
+def _used(reader: Reader, before: float) -> float:
+    now = reader.read()
+    if not 0 <= now - before < math.inf:
+        raise CompanionError(f"the counter ({reader.source}) is broken: it went from {before} J to {now} J.")
+    return now - before
 
 
 @contextmanager
@@ -300,18 +322,20 @@ def _polled(reader: Reader) -> Iterator[None]:
         thread.join()
 
 
-def energy_reader(*, watts: float | None = None, device: str | None = None) -> Reader:
+def energy_reader(*, watts: float | None = None, device: Any = None) -> Reader:
     """The best reader there is: RAPL, else NVML, else an estimate from ``watts``.
 
     Args:
         watts: what the machine draws, for the estimate.
-        device: where the work runs, ``cpu`` or ``cuda:0``: then only a counter of that device will do, for a GPU's
-            knows nothing of work on the CPU, and the other way round. If None, the first counter there is.
+        device: where the work runs, ``cpu`` or ``cuda:0``, or a ``torch.device``: then only a counter of that one will
+            do, for a GPU's knows nothing of work on the CPU, and the other way round. If None, the first there is.
 
     Raises:
-        CompanionError: there is no counter, and no watts are stated; says why there is none.
+        CompanionError: there is no counter, and no watts are stated; says why there is none. Or another device.
     """
-    on_gpu = device is not None and device.startswith("cuda")
+    if device is not None and not re.fullmatch(r"(cpu|cuda)(:\d+)?", str(device)):
+        raise CompanionError(f"device must be cpu or cuda:0, not {str(device)!r}.")
+    on_gpu = str(device).startswith("cuda")
     counters: list[Callable[[], Reader]] = [] if on_gpu else [lambda: RaplReader(POWERCAP)]
     if device is None or on_gpu:
         counters.append(lambda: NvmlReader(_gpu(device)))
@@ -329,7 +353,7 @@ def energy_reader(*, watts: float | None = None, device: str | None = None) -> R
     return Estimate(watts, instead_of=tuple(reasons))
 
 
-def _gpu(device: str | None) -> int | str:
+def _gpu(device: Any) -> int | str:
     """NVML numbers GPUs in an order of its own, so one of torch's is asked for by its UUID."""
     if device is None:
         return 0
@@ -338,4 +362,4 @@ def _gpu(device: str | None) -> int | str:
     try:
         return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
     except (RuntimeError, AssertionError) as error:
-        raise CompanionError(f"NVML: there is no device {device!r} here.") from error
+        raise CompanionError(f"NVML: there is no device {str(device)!r} here.") from error

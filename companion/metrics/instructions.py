@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from companion.errors import CompanionError
+from companion.metrics.latency import quiet_benchmark
 
 
 def count_instructions(statement: str, *, setup: str = "pass", number: int = 100) -> int:
@@ -23,19 +24,17 @@ def count_instructions(statement: str, *, setup: str = "pass", number: int = 100
     Raises:
         CompanionError: number below 1, no Valgrind, or a statement that fails.
     """
-    if number < 1:
-        raise CompanionError(f"number is {number}: give a whole number from 1.")
+    if not isinstance(number, int) or number < 1:
+        raise CompanionError(f"number is {number!r}: give a whole number from 1.")
     if shutil.which("valgrind") is None:
         raise CompanionError("counting instructions needs Valgrind: install the system's package of that name.")
-    from torch.utils.benchmark import Timer
-
     before = os.environ.get("PATH", "")
     # The process is started as `python`, which must be this one.
     os.environ["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), before))
     try:
-        timer = Timer(statement, setup=f"import torch\n{setup}")
+        timer = quiet_benchmark().Timer(statement, setup=f"import torch\n{setup}")
         found = timer.collect_callgrind(number, repeats=None, collect_baseline=False, retain_out_file=False)
-    except OSError as error:
+    except Exception as error:  # the statement's own, or Valgrind's
         lines = [line for line in str(error).splitlines() if line.strip() and not line.startswith("==")]
         raise CompanionError(f"{statement!r} could not be counted: {lines[-1] if lines else error}.") from error
     finally:

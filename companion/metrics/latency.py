@@ -403,7 +403,7 @@ def _measure(
     if not 0 < seconds < math.inf:
         raise CompanionError(f"seconds must be a positive number, not {seconds}.")
     place = find_device(device)
-    benchmark = _benchmark()
+    benchmark = quiet_benchmark()
     run = runner or partial(_run, clock or benchmark.timer)
     rng = np.random.default_rng(seed)
     alone = len(functions) == 1
@@ -431,7 +431,7 @@ def _measure(
     return [Latency(tuple(blocks[i]), calls[i], first[i], threads, str(place)) for i in range(len(functions))]
 
 
-def _benchmark() -> ModuleType:
+def quiet_benchmark() -> ModuleType:
     """`torch.utils.benchmark`, imported without its warning of a CUDA compiler but no GPU; nothing is compiled here."""
     log = logging.getLogger("torch.utils.cpp_extension")
     level = log.level

@@ -2,7 +2,7 @@
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -21,8 +21,9 @@ class OnnxComplexity:
     """What `count_onnx` counted."""
 
     complexity: Complexity
-    """Modules are the graph's nodes. Parameters are the numbers that the file stores, but for shapes and indices
-    (int64): folded normalisation is part of the convolutions' weights, and quantisation adds scales."""
+    """Modules are the graph's nodes. A node with an unknown shape, because it depends on values or because the operator
+    is not ONNX's own, is named in ``uncounted``. Parameters are the numbers that the file stores, but for shapes and
+    indices (int64): folded normalisation is part of the convolutions' weights, and quantisation adds scales."""
     activation_bytes: int
     """Peak of the tensors that are needed at once if nodes run in the file's order; an engine may reuse memory."""
 
@@ -35,14 +36,14 @@ def count_onnx(path: str | os.PathLike[str], shapes: Mapping[str, Sequence[int]]
         shapes: for every input of the graph, by name.
 
     Raises:
-        CompanionError: not a readable ONNX file, a shape that does not fit, or a graph whose shapes depend on values.
+        CompanionError: not a readable ONNX file, or a shape that does not fit.
     """
     import onnx
 
     try:
         model = onnx.load(os.fspath(path))
         _set_shapes(model.graph, shapes)
-        model = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
+        model = onnx.shape_inference.infer_shapes(model, check_type=True, data_prop=True)
     except CompanionError:
         raise
     except FileNotFoundError as error:
@@ -52,7 +53,7 @@ def count_onnx(path: str | os.PathLike[str], shapes: Mapping[str, Sequence[int]]
         raise CompanionError(
             f"{path} cannot be counted as an ONNX file with inputs {dict(shapes)}: {reason}."
         ) from error
-    return _count(model.graph, path)
+    return _count(model.graph)
 
 
 def _set_shapes(graph: "onnx.GraphProto", shapes: Mapping[str, Sequence[int]]) -> None:
@@ -75,51 +76,76 @@ def _set_shapes(graph: "onnx.GraphProto", shapes: Mapping[str, Sequence[int]]) -
             dimension.dim_value = size
 
 
-def _count(graph: "onnx.GraphProto", path: Any) -> OnnxComplexity:
-    from onnx import TensorProto, helper
+def _count(graph: "onnx.GraphProto") -> OnnxComplexity:
+    from onnx import TensorProto
 
-    bits: dict[int, int] = {TensorProto.INT4: 4, TensorProto.UINT4: 4}
-    shape_of: dict[str, Shape] = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+    tensors = list(graph.initializer)
+    constants = [node for node in graph.node if node.op_type == "Constant"]
+    tensors += [attribute.t for node in constants for attribute in node.attribute if attribute.name == "value"]
+    stored = {tensor.name for tensor in graph.initializer}
+    shape_of: dict[str, Shape] = {}
     bytes_of: dict[str, int] = {}
+    for name, shape, element in _described(graph):
+        size = _bits(element)
+        if size is not None:
+            shape_of[name], bytes_of[name] = shape, -(-prod(shape) * size // 8)
 
-    def note(name: str, shape: Shape, element: int) -> None:
-        size = bits.get(element) or 8 * helper.tensor_dtype_to_np_dtype(element).itemsize
-        shape_of[name], bytes_of[name] = shape, -(-prod(shape) * size // 8)
-
-    for tensor in graph.initializer:
-        note(tensor.name, tuple(tensor.dims), tensor.data_type)
-    stored = set(bytes_of)
-    for value in (*graph.input, *graph.value_info, *graph.output):
-        kind = value.type.tensor_type
-        if value.name not in stored and all(d.HasField("dim_value") for d in kind.shape.dim):
-            note(value.name, tuple(d.dim_value for d in kind.shape.dim), kind.elem_type)
-
+    total = Cost()
     by_node: dict[str, Cost] = {}
     by_operator: dict[str, Cost] = defaultdict(Cost)
     uncounted: list[str] = []
     for index, node in enumerate(graph.node):
         name = node.name or f"{node.op_type}_{index}"
-        missing = [t for t in (*node.input, *node.output) if t and t not in shape_of]
-        if missing and node.op_type not in _FREE:
-            raise CompanionError(f"{path}: the shape of {missing[0]} depends on values, so {name} cannot be counted.")
-        rule = _RULES.get(node.op_type) if node.domain in ("", "ai.onnx") else None
-        macs = rule(node, shape_of) if rule else 0
-        if rule is None and (node.op_type in _UNKNOWN or node.domain not in ("", "ai.onnx")):
+        touched = [tensor for tensor in (*node.input, *node.output) if tensor]
+        own = node.domain in ("", "ai.onnx")
+        known = own and node.op_type not in _UNKNOWN and all(tensor in shape_of for tensor in touched)
+        cost = Cost()
+        if set(filter(None, node.input)) <= stored:  # constants, and weights that are unpacked when the file is loaded
+            stored |= set(node.output)
+        elif own and node.op_type in _FREE:
+            pass
+        elif known:
+            rule = _RULES.get(node.op_type)
+            moved = sum(bytes_of[tensor] for tensor in set(touched))
+            if node.op_type in _GATHERS:  # read as many elements as they give, not all that there are
+                moved = 2 * bytes_of[node.output[0]] + bytes_of[node.input[1]]
+            cost = Cost(rule(node, shape_of) if rule else 0, moved)
+        else:
             uncounted.append(f"{name}: {'::'.join(filter(None, (node.domain, node.op_type)))}")
-        free = node.op_type in _FREE
-        moved = 0 if free else sum(bytes_of[t] for t in {*node.input, *node.output} if t)
-        by_node[name] = Cost(macs, moved)
-        by_operator[node.op_type] += by_node[name]
+        total += cost
+        by_node[name] = by_node.get(name, Cost()) + cost
+        by_operator[node.op_type] += cost
     return OnnxComplexity(
         Complexity(
-            total=sum(by_node.values(), Cost()),
-            parameters=sum(prod(t.dims) for t in graph.initializer if t.data_type != TensorProto.INT64),
+            total=total,
+            parameters=sum(prod(tensor.dims) for tensor in tensors if tensor.data_type != TensorProto.INT64),
             by_module=by_node,
             by_operator=dict(sorted(by_operator.items(), key=lambda item: -item[1].macs)),
             uncounted=tuple(uncounted),
         ),
         _peak(graph, bytes_of, stored),
     )
+
+
+def _described(graph: "onnx.GraphProto") -> Iterator[tuple[str, Shape, int]]:
+    """Name, shape and element type of every tensor whose shape is known."""
+    for tensor in graph.initializer:
+        yield tensor.name, tuple(tensor.dims), tensor.data_type
+    for value in (*graph.input, *graph.value_info, *graph.output):
+        kind = value.type.tensor_type
+        if kind.HasField("shape") and all(dimension.HasField("dim_value") for dimension in kind.shape.dim):
+            yield value.name, tuple(dimension.dim_value for dimension in kind.shape.dim), kind.elem_type
+
+
+def _bits(element: int) -> int | None:
+    """Bits of a number of this type; None of what has no fixed size."""
+    from onnx import TensorProto, helper
+
+    packed = {"INT2": 2, "UINT2": 2, "INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4}  # several in a byte
+    try:
+        return packed.get(TensorProto.DataType.Name(element)) or 8 * helper.tensor_dtype_to_np_dtype(element).itemsize
+    except KeyError:
+        return None
 
 
 def _peak(graph: "onnx.GraphProto", bytes_of: Mapping[str, int], stored: set[str]) -> int:
@@ -173,5 +199,6 @@ _RULES: dict[str, Callable[[Any, Mapping[str, Shape]], int]] = {
     "QLinearMatMul": _product(0),
 }
 _UNKNOWN = ("Attention", "DeformConv", "DFT", "Einsum", "GRU", "If", "LSTM", "Loop", "RNN", "Scan", "STFT")
+_GATHERS = ("Gather", "GatherElements", "GatherND")
 # Do not touch the tensors' memory.
 _FREE = ("Constant", "Flatten", "Identity", "Reshape", "Shape", "Size", "Squeeze", "Unsqueeze")

@@ -1,9 +1,9 @@
 """Run somebody's network once, to look at it, and leave it as it was."""
 
 import copy
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,18 +18,27 @@ def check_example(model: nn.Module, example: Any) -> None:
     """Refuse what cannot be an example input.
 
     Raises:
-        CompanionError: no network, no tensor among the inputs, an empty one, or a lazy network without shapes.
+        CompanionError: no network, no tensor among the inputs, all of them empty, or a lazy network without shapes.
     """
     if not isinstance(model, nn.Module):
         raise CompanionError(f"a network (torch.nn.Module) is needed, not {type(model).__name__}.")
-    tensors = [leaf for leaf in tree_leaves(example) if isinstance(leaf, Tensor)]
+    tensors = tensors_in(example)
     if not tensors:
         raise CompanionError(
             "the example must be a tensor, a tuple of the network's arguments, or a dict of them by name, "
             f"not {type(example).__name__} without a tensor."
         )
-    if any(tensor.numel() == 0 for tensor in tensors):
+    if all(tensor.numel() == 0 for tensor in tensors):
         raise CompanionError("the example is empty: give at least one sample.")
+    check_shapes(model)
+
+
+def check_shapes(model: nn.Module) -> None:
+    """Refuse a network whose lazy layers have no weights yet.
+
+    Raises:
+        CompanionError: it has such a layer.
+    """
     if any(is_lazy(parameter) for parameter in model.parameters()):
         raise CompanionError("the network has lazy layers that do not know their shapes yet: run it once first.")
 
@@ -41,6 +50,17 @@ def call(model: Callable[..., Any], example: Any) -> Any:
     if isinstance(example, dict):
         return model(**example)
     return model(example)
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors in nested tuples, lists and dicts, and in the attributes of plain objects such as dataclasses."""
+    found = []
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif hasattr(leaf, "__dict__") and not isinstance(leaf, type | nn.Module):
+            found += [inner for inner in tree_leaves(list(vars(leaf).values())) if isinstance(inner, Tensor)]
+    return found
 
 
 def on_meta(model: nn.Module) -> nn.Module:
@@ -70,30 +90,51 @@ def _plain(module: nn.Module) -> list[Any]:
     return [value for value in vars(module).values() if isinstance(value, Tensor | list | tuple | dict)]
 
 
-def move(example: Any, device: str) -> Any:
-    """The example on another device."""
-    return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, example)
+def copied(example: Any, device: str | None = None) -> Any:
+    """The example with tensors of its own (a slice without the rest of its memory), perhaps on another device."""
+
+    def one(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        # One that needs a gradient stays behind its original in the graph: hooks want no leaves.
+        return (leaf if leaf.requires_grad else leaf.detach()).to(device or leaf.device).clone()
+
+    with torch.enable_grad():
+        return tree_map(one, example)
 
 
 @contextmanager
-def borrowed(model: nn.Module, *, training: bool) -> Iterator[tuple[Callable[..., Any], list[Tensor]]]:
-    """Something to call in place of ``model``, in the mode asked for, and the state that it works on.
+def borrowed(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """The network in the mode asked for, for a pass or two in which gradients can be had.
 
-    That is the network's own weights and copies of its buffers, which a forward pass may change.
-
-    Afterwards the modes are what they were, and so is torch's random generator, from which dropout draws.
+    Afterwards the modes and buffers are what they were, and so is torch's random generator, from which dropout draws.
     """
     modes = {module: module.training for module in model.modules()}
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    devices = [d.index for d in {p.device for p in model.parameters()} if d.type == "cuda" and d.index is not None]
-    try:
-        with torch.random.fork_rng(devices=devices):
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in modes
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
+    with torch.inference_mode(False), undrawn(model):
+        try:
             model.train(training)
-            run = partial(_call_with, model, buffers)
-            yield run, [*model.parameters(), *buffers.values()]
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+            yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+            with torch.no_grad():
+                for module, name, buffer, before in buffers:
+                    buffer.copy_(before)
+                    if getattr(module, name) is not buffer and not isinstance(module, torch.jit.ScriptModule):
+                        setattr(module, name, buffer)
+
+
+@contextmanager
+def undrawn(model: nn.Module) -> Iterator[None]:
+    """Leave torch's random generators, of the CPU and of the network's GPUs, as they are."""
+    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda" and p.device.index is not None}
+    with torch.random.fork_rng(devices=sorted(devices)):
+        yield
 
 
 @contextmanager
@@ -107,8 +148,7 @@ def separate_layers() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast_path)
 
 
-def _call_with(model: nn.Module, buffers: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-    return torch.func.functional_call(model, buffers, args, kwargs)
+LONGEST = 200  # characters of somebody else's message
 
 
 @contextmanager
@@ -123,8 +163,9 @@ def one_sentence(model: nn.Module, example: Any, where: str) -> Iterator[None]:
     except CompanionError:
         raise
     except Exception as error:
-        shapes = [tuple(leaf.shape) for leaf in tree_leaves(example) if isinstance(leaf, Tensor)]
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors_in(example))
+        line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = re.split(r"\. (?=[A-Z])", line)[0][:LONGEST].rstrip(" .:")
         raise CompanionError(
-            f"{type(model).__name__} cannot run {where} on an example of shape {', '.join(map(str, shapes))}: {reason}."
+            f"{type(model).__name__} cannot run {where} on an example of shape {shapes}: {reason}."
         ) from error

@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from functools import cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from numbers import Real
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -47,8 +48,12 @@ class Measured:
     """``ms``, ``images/s``, ``%``, …; empty for a ratio."""
 
     def __post_init__(self) -> None:
-        for name in ("median", "low", "high"):  # also from NumPy, whose numbers JSON does not know
-            object.__setattr__(self, name, float(getattr(self, name)))
+        for name in ("median", "low", "high"):
+            if not isinstance(value := getattr(self, name), Real):
+                raise CompanionError(f"{name} must be a number, not {value!r}.")
+            object.__setattr__(self, name, float(value))  # also from NumPy, whose numbers JSON does not know
+        if not isinstance(self.repeats, int):
+            raise CompanionError(f"repeats must be a whole number, not {self.repeats!r}.")
         if not all(map(math.isfinite, (self.median, self.low, self.high))):
             raise CompanionError("a measured value must be finite.")
         if not self.low <= self.median <= self.high:
@@ -72,14 +77,21 @@ class Row:
     def __post_init__(self) -> None:
         if both := self.keys.keys() & self.values.keys():
             raise CompanionError(f"{sorted(both)[0]!r} is both a key and a value of a row.")
-        for name, value in (self.keys | self.values).items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise CompanionError(f"{name} is {value}, and must be finite.")
+        _check_plain(self.keys)
+        _check_plain({name: value for name, value in self.values.items() if not isinstance(value, Measured)})
 
     def flat(self) -> dict[str, Scalar]:
         """Keys and values by name, medians for what was measured: what `pareto_front` and data frames take."""
         medians = {name: v.median if isinstance(v, Measured) else v for name, v in self.values.items()}
         return self.keys | medians
+
+
+def _check_plain(table: Mapping[Any, Any]) -> None:
+    for name, value in table.items():
+        if not isinstance(name, str):
+            raise CompanionError(f"the name {name!r} must be a text.")
+        if not isinstance(value, Scalar) or (isinstance(value, float) and not math.isfinite(value)):
+            raise CompanionError(f"{name} must be a text, a finite number, True or False, not {value!r}.")
 
 
 @dataclass(frozen=True)
@@ -92,6 +104,10 @@ class Hardware:
     memory_gib: int | None
     system: str
     accelerators: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if self.cores < 1 or (self.memory_gib or 0) < 0:
+            raise CompanionError(f"{self.cores} cores with {self.memory_gib} GiB are no machine.")
 
     def __str__(self) -> str:
         memory = [] if self.memory_gib is None else [f"{self.memory_gib} GiB"]
@@ -127,9 +143,17 @@ class Record:
         if self.commit is not None and not re.fullmatch(r"[0-9a-f]{40}([0-9a-f]{24})?(\+modified)?", self.commit):
             raise CompanionError(f"the commit {self.commit!r} is none.")
         try:
-            datetime.strptime(self.date, "%Y-%m-%dT%H:%M:%SZ")
+            padded = datetime.strptime(self.date, "%Y-%m-%dT%H:%M:%SZ").isoformat() + "Z"
         except ValueError:
-            raise CompanionError(f"the date {self.date!r} is not of the form 2026-01-31T12:00:00Z.") from None
+            padded = None
+        if self.date != padded:
+            raise CompanionError(f"the date {self.date!r} is not of the form 2026-01-31T12:00:00Z.")
+        # As they are read back.
+        settings = {name: tuple(value) if isinstance(value, list) else value for name, value in self.settings.items()}
+        object.__setattr__(self, "settings", settings)
+        for name, setting in settings.items():
+            for item in setting if isinstance(setting, tuple) else (setting,):
+                _check_plain({name: item})
         seen: dict[tuple[Scalar, ...], int] = {}
         units: dict[str, str | None] = {}
         for i, row in enumerate(self.rows):
@@ -158,10 +182,7 @@ class Record:
         Raises:
             CompanionError: there is no such column.
         """
-        columns = self.columns if columns is None else columns
-        for name in columns:
-            if name not in self.columns:
-                raise CompanionError(f"{self.name} has no column {name!r}: it has {_list(self.columns)}.")
+        columns = _chosen(self, columns)
         cells = [{**row.keys, **row.values} for row in self.rows]
         lines = [[_text(row[name]) if name in row else "–" for name in columns] for row in cells]
         heads = [_head(name, [row[name] for row in cells if name in row]) for name in columns]
@@ -172,7 +193,7 @@ class Record:
         """How and where the figures came about, in a few sentences of Markdown."""
         repeats = sorted({v.repeats for row in self.rows for v in row.values.values() if isinstance(v, Measured)})
         runs = "–".join(str(number) for number in dict.fromkeys([repeats[0], repeats[-1]])) if repeats else ""
-        measured = f"Median (quartiles) of {runs} repeats. " if repeats else ""
+        measured = f"Median (quartiles) of {runs} repeat{'s' * (runs != '1')}. " if repeats else ""
         versions = ", ".join(f"{name} {number}" for name, number in self.versions.items())
         settings = "".join(f"; {name.replace('_', ' ')} {_setting(value)}" for name, value in self.settings.items())
         commit, _, modified = (self.commit or "").partition("+")
@@ -335,16 +356,18 @@ def dumps(record: Record) -> str:
     """The text of a results file, the same for equal records: JSON, one line for each row.
 
     Raises:
-        CompanionError: a part is not of the type that its class says, or there are no rows.
+        CompanionError: a part is not of the type that its class says, there are no rows, or it is larger than 4 MiB.
     """
     head = {"format": FORMAT} | asdict(record)
     rows = head.pop("rows")
     try:
         top = json.dumps(head, indent=2, ensure_ascii=False, allow_nan=False)
         lines = ",\n    ".join(json.dumps(row, ensure_ascii=False, allow_nan=False) for row in rows)
-    except (TypeError, ValueError) as error:  # a NumPy integer, a tensor, a NaN
+        text = f'{top[:-2]},\n  "rows": [\n    {lines}\n  ]\n}}\n'
+        size = len(text.encode())
+    except (TypeError, ValueError) as error:  # a NumPy integer, a tensor, half of a surrogate pair
         raise CompanionError(f"a record holds plain texts and finite numbers only: {error}.") from error
-    text = f'{top[:-2]},\n  "rows": [\n    {lines}\n  ]\n}}\n'
+    _check_size(size)
     loads(text)
     return text
 
@@ -359,8 +382,14 @@ def loads(text: str) -> Record:
     def refuse(word: str) -> None:
         raise ValueError(f"{word} is no number in JSON")
 
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        table = dict(pairs)
+        if len(table) < len(pairs):
+            raise ValueError(f"an object names a part twice ({_list(name for name, _ in pairs)})")
+        return table
+
     try:
-        table = json.loads(text, parse_constant=refuse)
+        table = json.loads(text, parse_constant=refuse, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise CompanionError(f"it is not JSON: {error}.") from error
     if not isinstance(table, dict) or table.pop("format", None) != FORMAT:
@@ -394,8 +423,7 @@ def read(path: str | os.PathLike[str]) -> Record:
     try:
         with Path(path).open("rb") as file:
             content = file.read(LIMIT + 1)
-        if len(content) > LIMIT:
-            raise CompanionError(f"it is larger than {LIMIT >> 20} MiB.")
+        _check_size(len(content))
         return loads(content.decode())
     except OSError as error:
         raise CompanionError(f"cannot read {path}: {error.strerror or error}.") from error
@@ -403,6 +431,11 @@ def read(path: str | os.PathLike[str]) -> Record:
         raise CompanionError(f"{path} is not a results file: it is not UTF-8 text.") from error
     except CompanionError as error:
         raise CompanionError(f"{path} is not a results file: {error}") from error
+
+
+def _check_size(size: int) -> None:
+    if size > LIMIT:
+        raise CompanionError(f"it is larger than {LIMIT >> 20} MiB.")
 
 
 def shipped_file(name: str) -> Path:
@@ -441,16 +474,16 @@ def compare(ours: Record, yours: Record, columns: Sequence[str] | None = None) -
         columns: the names of some values; all if not given.
 
     Raises:
-        CompanionError: they have nothing in common, or a value has another unit.
+        CompanionError: they have nothing in common, a value has another unit, or ours has no such column.
     """
+    columns = _chosen(ours, columns)
     known = {_identity(row): row for row in ours.rows}
     pairs = []
     for row in yours.rows:
         other = known.get(_identity(row), Row({}, {}))
         for name, mine in row.values.items():
             theirs = other.values.get(name)
-            wanted = columns is None or name in columns
-            if not (wanted and _is_number(mine) and _is_number(theirs)):
+            if not (name in columns and _is_number(mine) and _is_number(theirs)):
                 continue
             (their_median, their_unit), (my_median, my_unit) = _median(theirs), _median(mine)
             if my_unit != their_unit:
@@ -461,6 +494,16 @@ def compare(ours: Record, yours: Record, columns: Sequence[str] | None = None) -
     if not pairs:
         raise CompanionError(f"{yours.name} has no row and value in common with our {ours.name}.")
     return SideBySide(ours, yours, tuple(pairs))
+
+
+def _chosen(record: Record, columns: Sequence[str] | None) -> Sequence[str]:
+    if columns is None:
+        return record.columns
+    columns = [columns] if isinstance(columns, str) else columns
+    for name in columns:
+        if name not in record.columns:
+            raise CompanionError(f"{record.name} has no column {name!r}: it has {_list(record.columns)}.")
+    return columns
 
 
 def _is_number(value: Any) -> bool:
@@ -571,8 +614,9 @@ def _text(value: Value) -> str:
         return _number(value)
     if value.low == value.high:
         return _number(value.median)
-    digits = _decimals(value.median)
-    return f"{value.median:,.{digits}f} ({value.low:,.{digits}f}–{value.high:,.{digits}f})"
+    digits = max(_decimals(value.median), _decimals(value.high - value.low, 1))  # so that the quartiles differ
+    median, low, high = (f"{number:z,.{digits}f}" for number in (value.median, value.low, value.high))
+    return f"{median} ({low}–{high})"
 
 
 def _setting(value: Setting) -> str:
@@ -581,14 +625,14 @@ def _setting(value: Setting) -> str:
 
 def _number(value: float) -> str:
     """``545,098``, ``1,234``, ``12.3``, ``0.00123``: whole numbers in full, others with three digits or more."""
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.{_decimals(value)}f}"
+    return f"{value:,}" if isinstance(value, int) else f"{value:z,.{_decimals(value)}f}"
 
 
-def _decimals(value: float) -> int:
-    """Decimals that leave three significant digits: more would be noise."""
-    return min(max(0, 2 - math.floor(math.log10(abs(value)))), 12) if value else 0
+def _decimals(value: float, digits: int = 3) -> int:
+    """Decimals that leave so many significant digits: more would be noise."""
+    return min(max(0, digits - 1 - math.floor(math.log10(abs(value)))), 12) if value else 0
 
 
 def _escape(text: str) -> str:
     """Text that Markdown leaves as it is."""
-    return re.sub(r"([\\`*_{}\[\]<>#$|~])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"([\\`*_{}\[\]<>&#$|~])", r"\\\1", " ".join(text.split()))

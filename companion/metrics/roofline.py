@@ -6,7 +6,7 @@ each byte waits for memory: making its arithmetic cheaper cannot pay.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -15,12 +15,12 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 from companion.errors import CompanionError
 from companion.metrics import probe
 from companion.metrics.complexity import Cost, count_complexity
+from companion.metrics.latency import find_device
 
 
 @dataclass(frozen=True)
@@ -91,17 +91,9 @@ class Roofline:
     roof: Roof
     layers: tuple[Layer, ...]
     """Those with MACs, in the order in which they first ran."""
-
-    def within(self, factor: float, *, above: float = 0.0) -> float:
-        """Share of the layers slower than ``above`` seconds whose time was predicted within this factor.
-
-        Raises:
-            CompanionError: no layer is that slow.
-        """
-        slow = [layer for layer in self.layers if layer.measured > above]
-        if not slow:
-            raise CompanionError(f"no layer takes more than {above} s: take a larger example, or a smaller limit.")
-        return sum(1 / factor <= layer.ratio <= factor for layer in slow) / len(slow)
+    placed: float
+    """Share of the network's MACs that these layers do; the rest is in no layer of its own, such as an attention
+    that a block computes by a function."""
 
 
 def measure_roof(
@@ -119,10 +111,13 @@ def measure_roof(
     the caches keep between layers move faster than this.
 
     Raises:
-        CompanionError: rounds or threads below 1.
+        CompanionError: rounds or threads below 1, or no such device or format.
     """
     _check(rounds, threads)
-    ceilings = _Ceilings(torch.device(device), dtype)
+    place = find_device(device)
+    if place.type == "meta" or not dtype.is_floating_point:
+        raise CompanionError(f"{dtype} on {place} cannot be measured: take a real device and a float format.")
+    ceilings = _Ceilings(place, dtype)
     with _threads(threads), torch.inference_mode():
         for _ in range(rounds + 1):
             ceilings.round()
@@ -149,24 +144,28 @@ def measure_roofline(model: nn.Module, example: Any, *, rounds: int = 15, thread
     """
     _check(rounds, threads)
     found = count_complexity(model, example)
-    # A parent's MACs are its children's, except where a child's forward is never called (multi-head attention).
-    names = [n for n, c in found.by_module.items() if c.macs and not _child_counts(n, found.by_module)]
+    costs = found.by_module if any(cost.macs for cost in found.by_module.values()) else {"": found.total}
+    # Layers are the innermost modules that do the work: of multi-head attention the whole, which calls no child.
+    names = [name for name, cost in costs.items() if cost.macs and not _child_counts(name, costs)]
     if not names:
         raise CompanionError(f"{type(model).__name__} has no layer that multiplies, so there is nothing to place.")
-    tensors = [t for t in (*model.parameters(), *tree_leaves(example)) if isinstance(t, Tensor)]
+    tensors = [*model.parameters(), *probe.tensors_in(example)]
+    if tensors[0].is_meta:
+        raise CompanionError("a network on the meta device takes no time: give it on a real one.")
+    example = probe.copied(example)
     ceilings = _Ceilings(tensors[0].device, tensors[0].dtype if tensors[0].is_floating_point() else torch.float32)
     passes: list[dict[str, float]] = []
     with (
         probe.one_sentence(model, example, "as it is"),
         _threads(threads),
         probe.separate_layers(),
-        probe.borrowed(model, training=False) as (run, _),
+        probe.borrowed(model, training=False),
         torch.inference_mode(),
         _stopwatches(model, names) as seconds,
     ):
         for _ in range(rounds + 1):
             seconds.clear()
-            probe.call(run, example)
+            probe.call(model, example)
             passes.append(dict(seconds))
             ceilings.round()
     ceilings.forget_first_round()
@@ -177,13 +176,15 @@ def measure_roofline(model: nn.Module, example: Any, *, rounds: int = 15, thread
             Layer(
                 name,
                 _kind(model.get_submodule(name)),
-                cost := found.by_module[name],
+                cost := costs[name],
                 roof.seconds(cost),
                 roof.bound(cost),
                 median(one[name] for one in passes[1:]),  # the first pass warmed up
             )
             for name in names
+            if all(name in one for one in passes)  # what runs only where there are no values is no layer
         ),
+        sum(costs[name].macs for name in names) / found.macs,
     )
 
 
@@ -196,11 +197,11 @@ def timer() -> float:
 
 def _check(rounds: int, threads: int) -> None:
     for what, number in (("rounds", rounds), ("threads", threads)):
-        if number < 1:
-            raise CompanionError(f"{what} is {number}: give a whole number from 1.")
+        if not isinstance(number, int) or number < 1:
+            raise CompanionError(f"{what} is {number!r}: give a whole number from 1.")
 
 
-def _child_counts(name: str, costs: dict[str, Cost]) -> bool:
+def _child_counts(name: str, costs: Mapping[str, Cost]) -> bool:
     return any(other.startswith(f"{name}.") and cost.macs for other, cost in costs.items())
 
 
@@ -254,11 +255,12 @@ class _Ceilings:
         large = device.type != "cpu"
         n, batch, stream = (8192, 256, 2**28) if large else (512, 1, 2**23)
         channels, side = 128, 28
-        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        with torch.random.fork_rng(devices=[]):  # the caller's generator stays where it is
+            a, b = (torch.randn(n, n).to(device, dtype) for _ in range(2))
+            convolution = nn.Conv2d(channels, channels, 3, padding=1).to(device, dtype)
+            image = torch.randn(batch, channels, side, side).to(device, dtype)
         product = torch.empty_like(a)
-        convolution = nn.Conv2d(channels, channels, 3, padding=1, device=device, dtype=dtype)
         convolution = convolution.to(memory_format=torch.channels_last)  # what the libraries are fastest in
-        image = torch.randn(batch, channels, side, side, device=device).to(dtype)
         image = image.to(memory_format=torch.channels_last)
         source = torch.ones(stream, device=device, dtype=dtype)
         target = torch.empty_like(source)

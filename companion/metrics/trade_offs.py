@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Collection, Iterable, Mapping
-from numbers import Real
+from decimal import Decimal
+from numbers import Integral, Real
 from typing import Any, TypeVar
 
 from companion.errors import CompanionError
+from companion.metrics.results import Measured
 
 Point = TypeVar("Point")
 
@@ -51,15 +53,18 @@ def _dominates(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
 
 
 def objective(point: Any, name: str, i: int) -> float:
-    """The number called ``name`` of the ``i``-th point.
+    """The number called ``name`` of the ``i``-th point; the median of what was measured.
 
     Raises:
         CompanionError: it is missing or no number.
     """
     value = look_up(point, name, i)
-    if not isinstance(value, Real) or math.isnan(value):
+    number = value.median if isinstance(value, Measured) else value
+    if isinstance(number, Integral):
+        return int(number)  # not float: 2**53 + 1 has no other
+    if not isinstance(number, Real | Decimal) or math.isnan(number):
         raise CompanionError(f"{name!r} of point {i} is {value!r}, which is no number.")
-    return float(value)
+    return float(number)
 
 
 def look_up(point: Any, name: str, i: int) -> Any:

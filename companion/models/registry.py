@@ -62,7 +62,7 @@ _NETWORKS = {
     ),
     # One class for each digit and one for what is around them, as in digit_scenes.
     "unet": _Network(
-        segmentation.UNet, {"width": 8, "depth": 3, **_CIFAR, "classes": 11}, task="segment", image_size=96
+        segmentation.UNet, {"width": 8, "depth": 3, **_CIFAR, "classes": 11}, task="segment", image_size=64
     ),
     # Howard et al. (2019) and Long et al. (2015), as torchvision builds them; it publishes their cost for 520×520.
     "lraspp_mobilenet_v3_large": _Network(
@@ -99,7 +99,9 @@ def _finite(value: Any) -> bool:
 
 
 _ALLOWED = {
-    **dict.fromkeys(("classes", "depth", "hidden", "image_size", "width"), _Allowed("a whole number from 1", _count)),
+    **dict.fromkeys(("classes", "hidden", "image_size", "width"), _Allowed("a whole number from 1", _count)),
+    # Each level has twice the channels of the one above.
+    "depth": _Allowed("a whole number from 1 to 6", lambda value: _count(value) and value <= 6),
     "channels": _Allowed("whole numbers from 1", lambda value: _sequence(value, _count)),
     "mean": _Allowed("three numbers", lambda value: _sequence(value, _finite) and len(value) == 3),
     "std": _Allowed(
@@ -138,14 +140,16 @@ def create(
         name: one of `names`.
         labels: class names in the order of the outputs; kept with the network and in its file.
         seed: draw the weights from this seed and leave torch's global generator alone; None draws from that.
-        configuration: the network's own settings. All take ``classes`` (10; of ``resnet18`` and ``resnet50`` 1000),
-            ``mean`` and ``std`` (three numbers each, of CIFAR-10 or ImageNet). The residual networks take ``width``,
-            the channels of their first stage (16 for 14, 20 and 56 layers, else 64). The two CNNs take ``channels``
-            ((16, 32) and (32, 64, 128)), ``hidden`` (128 and 256) and ``image_size`` (32).
+        configuration: the network's own settings. All take ``classes`` (10; of ``resnet18`` and ``resnet50`` 1000, of
+            the networks that segment 11), ``mean`` and ``std`` (three numbers each, of CIFAR-10 or ImageNet). The
+            residual networks take ``width``, the channels of their first stage (16 for 14, 20 and 56 layers, else 64),
+            ``unet`` takes ``width`` (8) and ``depth`` (3). The two CNNs take ``channels`` ((16, 32) and (32, 64, 128)),
+            ``hidden`` (128 and 256) and ``image_size`` (32).
 
     Returns:
         The network, in training mode. `describe` tells what it is. Every image network takes float
-        images [N, 3, H, W] in 0..1 and returns scores (logits) [N, classes]; normalisation is inside.
+        images [N, 3, H, W] in 0..1 and returns scores (logits): [N, classes], or to segment [N, classes, H, W];
+        normalisation is inside.
 
     Raises:
         CompanionError: no such network, or an argument that it does not take.

@@ -27,9 +27,9 @@ class DoubleConv(nn.Sequential):
 class UNet(nn.Module):
     """U-Net (Ronneberger et al., 2015): down ``depth`` times by pooling, up again, each level joined to its equal.
 
-    Against the paper: ``width`` channels on the first level, not 64; padded convolutions, so that the answer is as large as the image;
-    batch normalisation; and the 2×2 up-convolution is a 1×1 convolution before the nearest pixels are repeated,
-    which halves the channels at a quarter of the cost.
+    Against the paper: ``width`` channels on the first level, not 64; padded convolutions, so that the answer is as
+    large as the image; batch normalisation; and each up-convolution is a 1×1 convolution, which halves the channels,
+    before the pixels are repeated: cheaper, and a size that pooling rounded down is met again.
 
     Takes float images [N, 3, H, W] in 0..1, H and W at least 2**depth and best its multiples; returns scores
     (logits) [N, classes, H, W].

@@ -164,7 +164,7 @@ def score(model: nn.Module, stream: Iterator[Any], task: Task, policy: Precision
     meter, loss_sum, weight_sum, samples = task.meter(), 0.0, 0, 0
     for outputs, targets in _forward(model, stream, policy):
         meter.update(outputs, targets)
-        weight = task.weight(targets)
+        weight = int(task.weight(targets))
         with policy.autocast():  # which computes losses in float32, even of 16-bit outputs
             loss_sum += task.loss(model, outputs, targets).item() * weight
         weight_sum += weight

@@ -198,7 +198,8 @@ def fit(
 
         model.train()
         epoch_started = last_saved = time.monotonic()
-        loss_sum = torch.tensor(run.loss_sum, device=policy.device)  # read once an epoch: reading makes a GPU wait
+        # Read once an epoch: reading makes a GPU wait.
+        loss_sum, weight_sum = (torch.tensor(x, device=policy.device) for x in (run.loss_sum, run.weight_sum))
         with progress_bar(show=progress, total=total, initial=run.step, unit="step") as bar:
             for inputs, targets in stream:
                 seed_everything(derive_seed(seed, STEP, run.step))
@@ -208,7 +209,7 @@ def fit(
                 loss = train_step(model, inputs, targets, task, policy, optimizer, scaler)
                 weight = task.weight(targets)
                 loss_sum += loss * weight
-                run.weight_sum += weight
+                weight_sum += weight
                 run.step += 1
                 bar.update()
 
@@ -227,16 +228,16 @@ def fit(
                         validated = score(model, islice(validations, held_out_batches.steps), task, policy)
                         model.train()
                         bar.set_postfix(validation=f"{validated.main:.3f}")
-                    train_loss = loss_sum.item() / max(1, run.weight_sum)
+                    train_loss = loss_sum.item() / max(1, int(weight_sum))  # 0 pixels, if all are void
                     epoch = run.end_epoch(model, optimizer, train_loss, validated, time.monotonic() - epoch_started)
                     if on_epoch is not None:
                         with bar.external_write_mode():
                             on_epoch(epoch)
                     loss_sum.zero_()
-                    run.weight_sum = 0
+                    weight_sum.zero_()
                     epoch_started = time.monotonic()
                 if saves:
-                    run.loss_sum = loss_sum.item()
+                    run.loss_sum, run.weight_sum = loss_sum.item(), int(weight_sum)
                     states = {name: part.state_dict() for name, part in parts.items()}
                     assert checkpoint is not None
                     checkpoints.save(checkpoint, {"run": vars(run), **states}, settings)
@@ -287,6 +288,8 @@ class _Run:
     @classmethod
     def restored(cls, found: dict[str, Any], total: int) -> "_Run":
         """From a checkpoint; raises whatever comes of one that was forged."""
+        if found.keys() != vars(cls()).keys():
+            raise ValueError("not all of a run")
         run = cls(**found)
         if run.step not in range(total + 1) or (run.best is None and run.step == total):
             raise ValueError("no such step")

@@ -38,7 +38,7 @@ class Accuracy:
 
 
 class Overlap:
-    """Mean intersection over union, and the share of right pixels, of scores [N, classes, H, W] against masks [N, H, W].
+    """Mean intersection over union, and pixel accuracy, of scores [N, classes, H, W] against masks [N, H, W].
 
     Both are exact over all pixels of the data set; those marked void (255) count in neither. A class's intersection
     over union is, of the pixels that it has in the mask or in the prediction, the share that it has in both. The
@@ -99,8 +99,8 @@ class Task:
     loss: Callable[[nn.Module, Any, Any], Tensor]
     """(network, outputs, targets) → mean loss of the batch; the network, because a detector brings its own."""
     meter: Callable[[], Meter]
-    weight: Callable[[Any], int] = len
-    """What the mean loss of a batch with these targets weighs in the mean of all: its samples, or what else it is over."""
+    weight: Callable[[Any], int | Tensor] = len
+    """Targets → what the batch's mean loss weighs in the mean over all batches: its samples, or pixels that count."""
     follow: Callable[[Any, Placement], Any] | None = None
     """Targets, after augmentation has placed the pictures otherwise; None: this task has no augmentation."""
     evaluation_batch: int = 256
@@ -113,7 +113,7 @@ TASKS = {
         _segmentation_batch,
         _segmentation_loss,
         Overlap,
-        weight=lambda masks: int((masks != VOID).sum()),
+        weight=lambda masks: (masks != VOID).sum(),
         follow=lambda masks, placement: placement(masks[:, None], VOID)[:, 0],
         evaluation_batch=32,  # every level of the network keeps a picture of many channels
     ),

@@ -1,12 +1,18 @@
 """Benches made up here: what a run keeps, and when it goes on."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from companion import CompanionError, bench
-from companion.bench import Bench, Cell, run
+from companion.bench import Bench, Cell, run, runner
 from companion.metrics import results
 from companion.metrics.results import Measured, Row
 
@@ -127,8 +133,14 @@ def test_fresh_measures_all_again(toy, out):
     assert toy.measured == ["a", "b", "c"]
 
 
-@pytest.mark.parametrize("line", [0, 1, 2])
-@pytest.mark.parametrize("text", ["{}", "[]", "nothing", '{"cell": "a", "rows": [{}]}', "\xff"])
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        *((line, text) for line in (1, 2) for text in ("{}", "[]", "nothing", '{"cell": "a", "rows": [{}]}', "\xff")),
+        (0, '{"format": "companion-bench-1", "cells": ["a", "b", "c"]}'),
+        (0, '{"format": "companion-bench-1", "cells": '),
+    ],
+)
 def test_a_damaged_journal_is_refused(toy, out, line, text):
     partial = journal(toy, out)
     lines = partial.read_text(encoding="utf-8").splitlines()
@@ -138,6 +150,69 @@ def test_a_damaged_journal_is_refused(toy, out, line, text):
         run(toy.bench, out=out)
     assert partial.exists()
     assert len(run(toy.bench, out=out, fresh=True).rows) == 6
+
+
+@pytest.mark.parametrize("text", ["7", '"rubbish"', '"1111"'])
+def test_a_commit_that_is_none_is_damage(toy, out, text):
+    partial = journal(toy, out)
+    partial.write_bytes(partial.read_bytes().replace(f'"{"1" * 40}"'.encode(), text.encode()))
+    with pytest.raises(CompanionError, match=r"toy\.json\.partial is damaged: delete it to start again\.$"):
+        run(toy.bench, out=out)
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize("text", ["my notes", "{}\n", '{"format": "companion-bench-2", "cells": ["a"]}\n{}\n'])
+def test_a_file_that_is_none_of_ours_is_left_alone(toy, out, text, fresh):
+    partial = out.with_name("toy.json.partial")
+    partial.write_text(text)
+    with pytest.raises(CompanionError) as caught:
+        run(toy.bench, out=out, fresh=fresh)
+    assert str(caught.value) == f"{partial} is not a journal of the format companion-bench-1: move it away."
+    assert (toy.measured, partial.read_text()) == ([], text)
+
+
+def test_a_journal_that_cannot_be_opened_is_one_sentence(toy, out):
+    partial = out.with_name("toy.json.partial")
+    partial.symlink_to(out.parent / "missing" / "toy")
+    with pytest.raises(CompanionError, match=r"^cannot write .*toy\.json\.partial: No such file or directory\.$"):
+        run(toy.bench, out=out)
+    partial.unlink()
+    partial.mkdir()
+    with pytest.raises(CompanionError, match=r"^cannot write .*toy\.json\.partial: Is a directory\.$"):
+        run(toy.bench, out=out)
+    assert toy.measured == []
+
+
+def test_a_full_disk_costs_one_cell(toy, out):
+    resource = pytest.importorskip("resource")
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def measure():
+        size = out.with_name("toy.json.partial").stat().st_size
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, old[1]))  # so that the line is torn
+        return rows("b")
+
+    toy.instead["b"] = measure
+    try:
+        with pytest.raises(
+            CompanionError, match=r"^cannot write .*toy\.json\.partial: File too large; with room for it"
+        ):
+            run(toy.bench, out=out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert out.with_name("toy.json.partial").read_bytes().count(b"\n") == 2
+    toy.instead.clear()
+    assert len(run(toy.bench, out=out).rows) == 6
+    assert toy.measured == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"description": "\ud800"}, {"settings": {"threads": np.int64(1)}}, {"settings": {"x": [object()]}}]
+)
+def test_what_a_record_cannot_hold_is_refused_before_any_work(toy, out, changes):
+    with pytest.raises(CompanionError):
+        run(replace(toy.bench, **changes), out=out)
+    assert (toy.measured, names(out.parent)) == ([], [])
 
 
 def other_machine(toy, monkeypatch):
@@ -203,7 +278,10 @@ def test_a_commit_in_between_is_told(toy, out, monkeypatch, before, after, quote
     [
         ([Row({"cell": "b"}, {})], r"rows\[2\] has the keys cell, rows\[0\] cell, batch\."),
         (rows("a"), r"rows\[2\] has the same keys as rows\[0\]\."),
-        ([Row({"cell": "b", "batch": 1}, {"é": object()})], "plain texts and finite numbers only"),
+        ([Row({"cell": "b", "batch": 1}, {"é": "\ud800"})], "plain texts and finite numbers only"),
+        ([Row({"cell": "b", "batch": 1}, {"é": "x" * results.LIMIT})], r"it is larger than 4 MiB\."),
+        (None, r"None is no Row\."),
+        ([{"cell": "b"}], r"\{'cell': 'b'\} is no Row\."),
         ([Row({"cell": "b", "batch": 1}, {"é": Measured(1, 1, 1, 1, "s")})], r"rows\[2\].values.é has the unit s"),
     ],
 )
@@ -226,19 +304,71 @@ def test_a_cell_may_have_nothing_to_measure_here(toy, out):
     assert toy.measured == ["b", "c"]
 
 
-def test_a_second_run_of_the_same_file_is_refused(toy, out):
-    caught = []
-
-    def measure():
-        try:
-            run(Toy().bench, out=out)
-        except CompanionError as error:
-            caught.append(str(error))
-        return rows("b")
-
-    toy.instead["b"] = measure
+def test_a_bench_with_nothing_to_measure_leaves_nothing(toy, out):
+    toy.instead = dict.fromkeys("abc", list)
+    with pytest.raises(CompanionError, match=r"^toy found nothing to measure on this machine\.$"):
+        run(toy.bench, out=out)
+    assert names(out.parent) == []
+    toy.instead.clear()
     assert len(run(toy.bench, out=out).rows) == 6
-    assert caught == [f"another process is working on {out}.partial: wait until it is done."]
+
+
+# Holds the journal, together with a child that outlives it.
+HOLDER = """
+import os, sys
+from pathlib import Path
+from companion.bench import runner
+
+with runner._opened(Path(sys.argv[1])) as file:
+    file.write(runner._START)
+    if os.fork() == 0:
+        sys.stdin.read()
+        os._exit(0)
+    print("ready", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+def test_a_second_run_of_the_same_file_is_refused_until_the_first_is_dead(toy, out):
+    command = [sys.executable, "-c", HOLDER, f"{out}.partial"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.readline() == b"ready\n"
+        with pytest.raises(CompanionError) as caught:
+            run(toy.bench, out=out)
+        assert str(caught.value) == f"another process is working on {out}.partial: wait until it is done."
+        holder.kill()
+        holder.wait()
+        assert len(run(toy.bench, out=out).rows) == 6  # although the child is alive
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows cannot remove an open file")
+def test_a_journal_is_removed_before_its_lock_is(out, monkeypatch):
+    unlink, closed = Path.unlink, []
+    monkeypatch.setattr(Path, "unlink", lambda path, **options: (closed.append(file.closed), unlink(path, **options)))
+    with runner._opened(out) as file:
+        pass
+    assert (closed, out.exists()) == ([False], False)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_journal_removed_before_we_locked_it_is_opened_again(out, monkeypatch, again):
+    fcntl = pytest.importorskip("fcntl")
+    lockf, calls = fcntl.lockf, []
+
+    def late(file, flags):
+        lockf(file, flags)
+        calls.append(1)
+        if len(calls) == 1:
+            out.unlink()
+            if again:
+                out.with_name("new").touch()
+                out.with_name("new").rename(out)
+
+    monkeypatch.setattr(fcntl, "lockf", late)
+    with runner._opened(out) as file:
+        assert os.path.samestat(os.fstat(file.fileno()), out.stat())
+    assert len(calls) == 2
 
 
 def test_a_place_that_cannot_be_written_is_refused_before_any_work(toy, out):
@@ -278,3 +408,17 @@ def test_a_bench_is_imported_when_it_is_asked_for(monkeypatch, tmp_path, toy):
     monkeypatch.setitem(bench.BENCHES, "mine", "my_bench")
     assert "mine" in bench.names()
     assert bench.get("mine").description == "Mine."
+
+
+@pytest.mark.parametrize(("ratios", "share"), [([], None), ([0.4, 1.0, 2.0, 9.0], 0.5)])
+def test_the_roofline_bench_ends_on_a_machine_without_a_slow_layer(monkeypatch, ratios, share):
+    from companion.bench import roofline
+
+    layers = [SimpleNamespace(measured=1.0, kind="Conv2d", ratio=ratio) for ratio in ratios]
+    fast = SimpleNamespace(measured=1e-6, kind="Conv2d", ratio=1.0)
+    roof = SimpleNamespace(flops_per_second=1e9, bytes_per_second=2e9)
+    found = SimpleNamespace(layers=[fast, *layers], roof=roof)
+    monkeypatch.setattr(roofline.metrics, "measure_roofline", lambda *args, **options: found)
+    (row,) = roofline._place("encoder layer, width 256", 1, "contiguous")
+    assert (row.values["layers over 100 µs"], row.values["GB/s"]) == (len(ratios), 2)
+    assert row.values.get("within a factor of 2") == share

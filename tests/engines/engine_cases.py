@@ -1,5 +1,7 @@
 """What the tests of the engines share: networks, engines, and how to ask them."""
 
+import re
+
 import torch
 from torchvision.models import MobileNetV2
 
@@ -38,6 +40,14 @@ def start(found, engine, **options):
     return engines.load(found.model, engine, example=found.example, **options)
 
 
+class Does(torch.nn.Module):
+    """A network that is one function."""
+
+    def __init__(self, forward):
+        super().__init__()
+        self.forward = forward
+
+
 def torch_answer(model, *inputs):
     """What the network itself says in evaluation mode; its mode is put back."""
     modes = {module: module.training for module in model.modules()}
@@ -53,4 +63,6 @@ def one_sentence(error):
     text = str(error.value)
     assert "\n" not in text
     assert text.endswith(".")
+    assert not re.search(r"[.!?]\s+[A-Z]", text), text
+    assert "[ONNXRuntimeError]" not in text
     return text

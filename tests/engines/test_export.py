@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from engine_cases import lively, one_sentence
+from engine_cases import ENGINES, Does, lively, one_sentence, torch_answer
 from onnx import TensorProto, numpy_helper
 from torch import nn
 from torch.nn.utils import prune
@@ -14,6 +14,8 @@ from torch.nn.utils import prune
 import companion
 from companion import CompanionError, engines, files, models
 from companion.engines import export
+
+X = torch.rand(2, 4, 3, generator=torch.Generator().manual_seed(0))
 
 
 def properties(path):
@@ -118,6 +120,57 @@ def test_answers_that_are_not_numbers_may_agree_too(tmp_path):
     assert written.largest_difference == 0
 
 
+def test_the_callers_example_is_left_alone(tmp_path):
+    """And the answers are compared on what was given, not on what the network made of it."""
+    x = torch.rand(2, 4, generator=torch.Generator().manual_seed(0))
+    before = x.clone()
+    written = engines.export_onnx(Does(lambda x: x.sub_(0.5) * 2), x, tmp_path / "net.onnx")
+    assert written.largest_difference < 1e-6
+    assert torch.equal(x, before)
+    with engines.load(tmp_path / "net.onnx") as engine:
+        np.testing.assert_allclose(engine.run({"input": before.numpy()})["output"], 2 * (before - 0.5), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda net: torch.compile(net, backend="eager"), nn.DataParallel], ids=["compile", "DataParallel"]
+)
+def test_networks_that_take_any_arguments(wrap, tmp_path):
+    net, x = nn.Linear(3, 2), torch.rand(5, 3)
+    engines.export_onnx(wrap(net), torch.rand(2, 3), tmp_path / "net.onnx")
+    with engines.load(tmp_path / "net.onnx") as engine:
+        assert [info.name for info in engine.inputs] == ["input"]
+        np.testing.assert_allclose(engine.run({"input": x.numpy()})["output"], torch_answer(net, x), atol=1e-6)
+
+
+def test_a_network_of_several_positional_arguments(tmp_path):
+    engines.export_onnx(
+        Does(lambda *args: args[0] - 2 * args[1]), (torch.rand(2, 3), X[..., 0, :]), tmp_path / "n.onnx"
+    )
+    with engines.load(tmp_path / "n.onnx") as engine:
+        ones = np.ones((4, 3), np.float32)
+        assert np.array_equal(engine.run({"input_0": 5 * ones, "input_1": ones})["output"], 3 * ones)
+
+
+def test_a_parameter_among_the_outputs(tmp_path):
+    class Returns(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.tensor([1.0, 2.0]))
+
+        def forward(self, x):
+            return x * 2, self.w
+
+    model = Returns()
+    x = np.ones((3, 2), np.float32)
+    for engine in ENGINES:
+        with engines.load(model, engine, example=torch.rand(2, 2)) as made:
+            answers = made.run({"input": x})
+            assert np.array_equal(answers["output_0"], 2 * x)
+            assert np.array_equal(answers["output_1"], [1, 2])
+            answers["output_1"][:] = 9  # the caller's own
+            assert np.array_equal(made.run({"input": x})["output_1"], [1, 2])
+
+
 # What is refused leaves no file, and an old one as it was.
 
 
@@ -131,17 +184,6 @@ def refused(says, model, example, path, **options):
     return text
 
 
-class Does(nn.Module):
-    """A network that is one function."""
-
-    def __init__(self, forward):
-        super().__init__()
-        self.forward = forward
-
-
-X = torch.rand(2, 4, 3, generator=torch.Generator().manual_seed(0))
-
-
 @pytest.mark.parametrize(
     ("forward", "says"),
     [
@@ -153,8 +195,23 @@ X = torch.rand(2, 4, 3, generator=torch.Generator().manual_seed(0))
         (lambda x: (x, 3), "output_1 of the network is int: only tensors"),
         (lambda x: x.bfloat16(), "output of the network is bfloat16"),
         (lambda x: {"a": (x, x), "a_0": x}, "two tensors of the network would both be called a_0"),
+        (lambda x: x[:, :1, :1].squeeze(), "differs from torch's by inf at batch 1|cannot be exported"),
+        (lambda x: {"one" if len(x) == 1 else "more": x}, "returns one at batch 1, more for the example"),
+        (lambda x: x + torch.nan, r"output of the network is not a number \(NaN\) for the example"),
     ],
-    ids=["random", "fixed batch", "branch", "unknown", "shapes", "no tensor", "bfloat16", "names"],
+    ids=[
+        "random",
+        "fixed batch",
+        "branch",
+        "unknown",
+        "shapes",
+        "no tensor",
+        "bfloat16",
+        "names",
+        "squeezed",
+        "names by batch",
+        "NaN",
+    ],
 )
 def test_networks_that_cannot_be_exported(forward, says, tmp_path, capfd):
     refused(says, Does(forward), X, tmp_path / "net.onnx")
@@ -176,6 +233,10 @@ def test_too_strict_a_tolerance(tmp_path):
         ((X, X[:1]), r"input_0 \[2, 4, 3\], input_1 \[1, 4, 3\]"),
         ((X, 2), "input_1 of the network is int"),
         (X.bfloat16(), "input of the network is bfloat16, which NumPy lacks"),
+        (X.to(torch.float8_e4m3fn), "input of the network is float8_e4m3fn, which NumPy lacks"),
+        (X.to("meta"), "the example is on the device meta"),
+        ([X], "none a list"),
+        (({"x": X},), "none a dict"),
     ],
 )
 def test_bad_examples(example, says, tmp_path):
@@ -188,6 +249,16 @@ def test_bad_arguments(tmp_path):
     refused("must end in .onnx", cnn, images, tmp_path / "net.pt")
     (tmp_path / "net.pt").unlink()
     refused("10 classes, but 2 labels", cnn, images, path, labels=["a", "b"])
+    for task in (None, "classify"):
+        refused("2 classes, but 3 labels", nn.Linear(3, 2), X[0], path, labels=["a", "b", "c"], task=task)
+    refused("4 classes, but 1 label", nn.Conv2d(3, 4, 1), torch.rand(1, 3, 5, 5), path, labels=["a"], task="segment")
+    for labels in ("ab", [0, 1], 5, [None]):
+        refused("labels must be a list of texts, not", nn.Linear(3, 2), X[0], path, labels=labels)
+    for tolerance in ("x", float("nan"), -1, None):
+        refused("tolerance is .*: give a number from 0", nn.Linear(3, 2), X[0], path, tolerance=tolerance)
+    for opset in (17, 0, "20", True):
+        refused("opset is .*: give a whole number from 18", nn.Linear(3, 2), X[0], path, opset=opset)
+    refused("Linear cannot be copied: .*meta", nn.Linear(3, 2, device="meta"), X[0], path)
     refused("simple_cnn is for the task 'classify', not 'detect'", cnn, images, path, task="detect")
     refused("no task 'guess': choose one of classify", nn.Linear(3, 2), X, path, task="guess")
     refused("with opset 99, only with", nn.Linear(3, 2), X, path, opset=99)
@@ -195,6 +266,19 @@ def test_bad_arguments(tmp_path):
     prune.l1_unstructured(cnn.conv1, "weight", 0.5)
     cnn(images)
     refused("SimpleCNN cannot be copied: Only Tensors created explicitly", cnn, images, path)
+
+
+def test_a_network_that_does_not_want_to_be_copied(tmp_path):
+    class Single(nn.Linear):
+        def __deepcopy__(self, memo):
+            raise ValueError("there is only one. Really")
+
+    refused("Single cannot be copied: there is only one", Single(3, 2), X[0], tmp_path / "net.onnx")
+
+
+def test_an_engine_cannot_be_exported_again(opened, tmp_path):
+    module = engines.as_module(opened("simple_cnn", "onnxruntime"))
+    refused("_EngineModule cannot be (copied|exported)", module, torch.rand(1, 3, 32, 32), tmp_path / "net.onnx")
 
 
 def test_more_weights_than_a_file_can_hold(tmp_path, monkeypatch):

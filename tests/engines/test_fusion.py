@@ -7,6 +7,8 @@ import torch
 from engine_cases import OURS, lively, small_mobilenet, torch_answer
 from torch import nn
 from torch.fx.experimental.optimization import fuse
+from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
 from companion import engines
 from companion.engines.fusion import fold_batch_norms
@@ -141,11 +143,63 @@ def test_no_hooks_are_left_behind():
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def test_convolutions_that_share_weights_part():
-    """Each then has its own normalisation inside."""
+def test_convolutions_that_share_weights_are_left_alone():
     model = busy(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)))
     model[2].weight = model[0].weight
-    check(model, torch.rand(2, 3, 8, 8), 2)
+    check(model, torch.rand(2, 3, 8, 8), 0)
+
+
+def trains(net, x):
+    net.norm.train()
+    return net.norm(net.conv(x))
+
+
+class Reads(nn.Module):
+    """Looks at the normalisation itself, which a folded one no longer is."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return self.b(self.a(x)) * self.b.weight.view(-1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        Net(lambda net, x: F.conv_transpose2d(torch.relu(net.norm(net.conv(x))), net.conv.weight), **pair()),
+        Net(lambda net, x: net.norm(net.conv(x)) + F.conv2d(x, net.conv.weight, net.conv.bias, padding=1), **pair()),
+        Net(lambda net, x: (net.norm(net.conv(x)), net.conv.weight), **pair()),
+        Net(lambda net, x: net.norm(net.conv(x)) + net.conv.bias.sum(), **pair()),
+        Net(lambda net, x: net.norm(net.conv(x)) + isinstance(net.norm, nn.BatchNorm2d), **pair()),
+        Net(trains, **pair()),
+        Reads(),
+    ],
+    ids=["tied", "used again", "returned", "bias", "asks its kind", "trains", "reads"],
+)
+def test_networks_that_look_at_their_parts_answer_as_before(model):
+    x = torch.rand(2, 3, 8, 8)
+    model = busy(model)
+    parameters = [parameter.clone() for parameter in model.parameters()]
+    expected = tree_leaves(torch_answer(copy.deepcopy(model), x[:1]))
+    with engines.load(model, "torch_fused", example=x) as engine:
+        assert norms(engine._model) == 1
+        answers = [torch.from_numpy(answer) for answer in engine.run({"input": x[:1].numpy()}).values()]
+    torch.testing.assert_close(answers, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(list(model.parameters()), parameters, rtol=0, atol=0)
+
+
+def test_a_branch_that_random_values_take_is_seen():
+    """The example's values skip the second use of the filters; others do not."""
+
+    def forward(net, x):
+        y = net.norm(net.conv(x))
+        return y + F.conv2d(x, net.conv.weight, padding=1) if float(x.flatten()[0]) > 0 else y
+
+    x = torch.rand(2, 3, 8, 8)
+    x[:, 0, 0, 0] = -1e-3
+    check(busy(Net(forward, **pair())), x, 0)
 
 
 def test_python_of_any_kind_in_the_network():

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from companion import CompanionError
 from companion.metrics import energy
@@ -174,7 +175,7 @@ def test_a_counter_that_vanishes_or_holds_no_number(powercap):
     with pytest.raises(CompanionError, match=r"energy_uj holds 'many', which is no number"):
         reader.read()
     (powercap.devices / PACKAGE / "energy_uj").unlink()
-    with pytest.raises(CompanionError, match=r"energy_uj cannot be read"):
+    with pytest.raises(CompanionError, match=r"^RAPL: [^ ]*energy_uj cannot be read: No such file or directory\.$"):
         reader.read()
 
 
@@ -318,11 +319,11 @@ def test_counters_come_before_estimates_and_the_processors_first(machine):
 
 
 def test_the_counter_of_another_device_will_not_do(machine, monkeypatch):
-    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: SimpleNamespace(uuid=device[-1]))
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: SimpleNamespace(uuid=str(device)[-1]))
     machine.gpus([5, 6000])
     assert isinstance(energy_reader(watts=65, device="cpu"), Estimate)
     machine.powercap.zone(PACKAGE, "package-0", 0)
-    assert energy_reader(device="cuda:1").read() == 6
+    assert energy_reader(device="cuda:1").read() == energy_reader(device=torch.device("cuda:1")).read() == 6
     machine.gpus(driver=False)
     assert isinstance(energy_reader(watts=65, device="cuda:1"), Estimate)
 
@@ -357,13 +358,46 @@ def test_a_counter_that_stands_still_is_refused(powercap):
         measure_energy(lambda: None, reader=RaplReader(powercap.root), seconds=1e-6)
 
 
-@pytest.mark.parametrize("options", [{"seconds": 0}, {"seconds": float("nan")}, {"idle_seconds": -1}])
+@pytest.mark.parametrize("after", [-1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("idle_seconds", [0, 1])
+def test_a_counter_that_is_broken_is_refused(after, idle_seconds):
+    reads = iter([0.0, after])
+    reader = SimpleNamespace(source="toy", estimated=False, poll_seconds=None, read=lambda: next(reads))
+    with pytest.raises(
+        CompanionError, match=r"^the counter \(toy\) is broken: it went from 0\.0 J to (-1\.0|nan|inf) J\.$"
+    ):
+        measure_energy(lambda: None, reader=reader, seconds=1e-9, idle_seconds=idle_seconds, sleep=lambda _: None)
+
+
+def test_a_clock_that_stands_still_is_refused(powercap):
+    with pytest.raises(CompanionError, match="1 calls in 0 s cannot be measured: look at the clock"):
+        measure_energy(
+            lambda: None, reader=RaplReader(powercap.root), idle_seconds=1, clock=Clock(), sleep=lambda _: None
+        )
+    with pytest.raises(CompanionError, match="look at the clock"):
+        energy.Energy(1, 3, 0.0, "toy", False)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cdua:0", "mps", "", 0])
+def test_a_device_that_nobody_knows_is_refused(machine, device):
+    with pytest.raises(CompanionError, match=rf"^device must be cpu or cuda:0, not '{device}'\.$"):
+        energy_reader(watts=65, device=device)
+
+
+def test_a_function_that_cannot_be_called():
+    with pytest.raises(CompanionError, match=r"^function must be something to call, not None\.$"):
+        measure_energy(None, watts=1)
+
+
+@pytest.mark.parametrize(
+    "options", [{"seconds": 0}, {"seconds": float("nan")}, {"idle_seconds": -1}, {"seconds": "1"}, {"seconds": True}]
+)
 def test_times_that_make_no_sense(options):
     with pytest.raises(CompanionError, match="seconds must be positive"):
         measure_energy(lambda: None, watts=1, **options)
 
 
-@pytest.mark.parametrize("watts", [0, -1, float("inf"), float("nan")])
+@pytest.mark.parametrize("watts", [0, -1, float("inf"), float("nan"), "5", True, None])
 def test_watts_that_make_no_sense(watts):
     with pytest.raises(CompanionError, match="watts must be a positive number"):
         Estimate(watts)

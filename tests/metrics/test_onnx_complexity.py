@@ -1,4 +1,4 @@
-"""ONNX files made here by hand, counted by hand; the exporter's files are compared with torch in tests/profile."""
+"""ONNX files made here by hand, counted by hand; tests/cli/test_measuring.py counts the exporter's."""
 
 import onnx
 import pytest
@@ -109,11 +109,42 @@ def test_bad_input_is_one_sentence(network, tmp_path):
         assert "\n" not in str(error.value)
 
 
-def test_a_shape_that_depends_on_values_is_refused(tmp_path):
+def test_a_shape_that_depends_on_values_is_named(tmp_path):
     nodes = [
-        helper.make_node("NonZero", ["x"], ["a"]),
-        helper.make_node("Relu", ["a"], ["y"]),
+        helper.make_node("NonZero", ["x"], ["a"], "where"),
+        helper.make_node("Cast", ["a"], ["b"], "cast", to=FLOAT),
+        helper.make_node("MatMul", ["w", "b"], ["y"], "product"),
     ]
-    path = write(tmp_path / "f", nodes, [value("x", 3)], [value("y", 1, "k", kind=TensorProto.INT64)], [])
-    with pytest.raises(CompanionError, match=r"depends on values|cannot be counted"):
-        metrics.count_onnx(path, {"x": (3,)})
+    path = write(tmp_path / "f", nodes, [value("x", 3)], [value("y", 2, "k")], [weights("w", 2, 1)])
+    found = metrics.count_onnx(path, {"x": (3,)}).complexity
+    assert found.uncounted == ("where: NonZero", "cast: Cast", "product: MatMul")
+
+
+def test_nodes_of_one_name_are_added_up(tmp_path):
+    nodes = [helper.make_node("MatMul", [a, "w"], [b], "same") for a, b in (("x", "h"), ("h", "y"))]
+    path = write(tmp_path / "f", nodes, [value("x", 3, 4)], [value("y", 3, 4)], [weights("w", 4, 4)])
+    found = metrics.count_onnx(path, {"x": (3, 4)}).complexity
+    assert found.macs == found.by_module["same"].macs == 2 * 3 * 16
+
+
+def test_weights_that_are_unpacked_are_weights(tmp_path):
+    nodes = [
+        helper.make_node("DequantizeLinear", ["q", "scale"], ["w"], "unpack"),
+        helper.make_node("Constant", [], ["c"], "bias", value=weights("", 5)),
+        helper.make_node("MatMul", ["x", "w"], ["p"], "product"),
+        helper.make_node("Add", ["p", "c"], ["y"], "sum"),
+    ]
+    stored = [weights("q", 4, 5, kind=TensorProto.INT8), weights("scale")]
+    path = write(tmp_path / "f", nodes, [value("x", 3, 4)], [value("y", 3, 5)], stored)
+    found = metrics.count_onnx(path, {"x": (3, 4)})
+    assert found.complexity.parameters == 20 + 1 + 5
+    assert found.complexity.macs == 3 * 4 * 5
+    assert found.activation_bytes == 4 * 2 * 15  # the product and the sum; neither weights nor the constant
+    assert found.complexity.uncounted == ()
+
+
+def test_a_look_up_reads_what_it_gives(tmp_path):
+    nodes = [helper.make_node("Gather", ["table", "x"], ["y"], "embedding")]
+    ids = value("x", 2, 3, kind=TensorProto.INT64)
+    path = write(tmp_path / "f", nodes, [ids], [value("y", 2, 3, 8)], [weights("table", 1000, 8)])
+    assert metrics.count_onnx(path, {"x": (2, 3)}).complexity.bytes_moved == 2 * 4 * 48 + 6 * 8

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import companion
-from companion import CompanionError, doctor
+from companion import CompanionError, bench, doctor
 from companion.metrics import results
 from companion.metrics.results import Hardware, Measured, Record, Row, compare, read, record, summarize, write
 
@@ -104,6 +104,8 @@ LATENCY = ("rows", 0, "values", "latency")
         (cut("machine", "cores"), "machine.cores is missing."),
         (put("machine", "host", value="ada"), "machine.host is unknown."),
         (put("machine", "cores", value="two"), 'machine.cores must be a whole number, not "two".'),
+        (put("machine", "cores", value=-1), "machine: -1 cores with 8 GiB are no machine."),
+        (put("machine", "memory_gib", value=-1), "machine: 2 cores with -1 GiB are no machine."),
         (put("machine", "cores", value=True), "machine.cores must be a whole number, not true."),
         (put("machine", "memory_gib", value=1.5), "machine.memory_gib must be a whole number or null, not 1.5."),
         (put("machine", "accelerators", value="GPU"), 'machine.accelerators must be a list, not "GPU".'),
@@ -112,6 +114,7 @@ LATENCY = ("rows", 0, "values", "latency")
         (put("commit", value="latest"), "the commit 'latest' is none."),
         (put("date", value="yesterday"), "the date 'yesterday' is not of the form 2026-01-31T12:00:00Z."),
         (put("date", value="2026-02-30T12:00:00Z"), "the date '2026-02-30T12:00:00Z' is not of the form 2026-01-31T"),
+        (put("date", value="2026-1-1T1:1:1Z"), "the date '2026-1-1T1:1:1Z' is not of the form 2026-01-31T12:00:00Z."),
         (put("versions", "torch", value=2), "versions.torch must be a text, not 2."),
         (put("settings", "seeds", 1, value=[]), "settings.seeds[1] must be a text or a whole number or a number or"),
         (put("settings", "x", value={}), "settings.x must be a text or a whole number or a number or true or false or"),
@@ -148,6 +151,7 @@ def test_what_breaks_the_schema_is_named_in_one_sentence(tmp_path, change, messa
         (results.dumps(TOY).replace("545098", "-Infinity"), "-Infinity is no number in JSON"),
         (results.dumps(TOY).replace("545098", "1e999"), "rows[0].values.parameters is too large a number."),
         (results.dumps(TOY).replace("1.234", "1" * 400), "rows[0].values.latency.median is too large a number."),
+        (results.dumps(TOY).replace('"fits"', '"latency"'), "an object names a part twice (latency, latency)."),
         (results.dumps(TOY) + " " * results.LIMIT, "it is larger than 4 MiB."),
     ],
 )
@@ -166,11 +170,44 @@ def test_files_that_cannot_be_read(tmp_path):
 
 
 @pytest.mark.parametrize("value", [np.int64(3), {1, 2}, None, [1]])
-def test_what_is_not_plain_is_not_written(tmp_path, value):
+def test_what_is_not_plain_does_not_get_in(value):
+    for job in (
+        lambda: Row({"x": value}, {}),
+        lambda: Row({}, {"x": value}),
+        lambda: make([], settings={"x": [value]}),
+    ):
+        with pytest.raises(CompanionError, match=r"^x must be a text, a finite number, True or False, not "):
+            job()
+    with pytest.raises(CompanionError, match=r"^the name 1 must be a text\.$"):
+        Row({1: "a"}, {})
+
+
+@pytest.mark.parametrize("value", ["3", "a", None, 1j])
+def test_a_measured_value_is_made_of_numbers(value):
+    with pytest.raises(CompanionError, match=r"^median must be a number, not "):
+        Measured(value, 1, 5, 3, "ms")
+    with pytest.raises(CompanionError, match=r"^repeats must be a whole number, not "):
+        Measured(3, 1, 5, value, "ms")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"description": "\ud800"}, "surrogates not allowed"),
+        ({"description": "é" * (results.LIMIT // 2)}, r"it is larger than 4 MiB\.$"),
+        ({"rows": ()}, r"it has no rows\.$"),
+    ],
+)
+def test_what_could_not_be_read_is_not_written(tmp_path, changes, message):
     (tmp_path / "toy.json").write_text("old")
-    with pytest.raises(CompanionError, match=r"cannot write .*toy\.json"):
-        write(make([Row({"network": "a"}, {"x": value})]), tmp_path / "toy.json")
+    with pytest.raises(CompanionError, match=rf"^cannot write .*toy\.json: .*{message}"):
+        write(replace(TOY, **changes), tmp_path / "toy.json")
     assert (tmp_path / "toy.json").read_text() == "old"
+
+
+def test_a_setting_given_as_a_list_is_what_is_read_back():
+    found = replace(TOY, settings={"seeds": [0, 1]})
+    assert results.loads(results.dumps(found)) == found
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -298,6 +335,8 @@ def test_some_columns():
 def test_a_record_of_facts_speaks_of_no_repeats_and_modified_code_is_named():
     facts = make([Row({"network": "a"}, {"MACs": 10})], commit="0123456789" * 4 + "+modified")
     assert facts.provenance() == PROVENANCE.replace("(0123456)", "(0123456, modified)")
+    once = make([Row({"network": "a"}, {"latency": milliseconds(1, repeats=1)})])
+    assert once.provenance() == f"Median (quartiles) of 1 repeat. {PROVENANCE}"
     assert make(facts.rows, commit=None).provenance() == PROVENANCE.replace(" (0123456)", "")
 
 
@@ -315,6 +354,11 @@ def test_a_record_of_facts_speaks_of_no_repeats_and_modified_code_is_named():
         (1e-200, "0.000000000000"),
         (milliseconds(2.0), "2.00"),
         (milliseconds(0.0, -1, 1), "0 (-1–1)"),
+        (milliseconds(0, -0.5, 0.3), "0.0 (-0.5–0.3)"),
+        (milliseconds(100, 99.6, 100.4), "100.0 (99.6–100.4)"),
+        (milliseconds(0.0, -1e-9, 5), "0 (0–5)"),
+        (-0.0, "0"),
+        ("&lt;b&gt;", "\\&lt;b\\&gt;"),
         (False, "no"),
         ("a  `b`\n<c>", "a \\`b\\` \\<c\\>"),
     ],
@@ -353,7 +397,8 @@ def test_yours_against_ours():
         "| 1 | b | parameters | 0 | 5 | – |",
     ]
     assert found._repr_markdown_().count(PROVENANCE) == 2
-    assert [pair.name for pair in compare(ours, yours, ["latency"]).pairs] == ["latency"] * 2
+    for columns in (["latency"], "latency"):
+        assert [pair.name for pair in compare(ours, yours, columns).pairs] == ["latency"] * 2
 
 
 def test_what_cannot_be_compared():
@@ -362,6 +407,11 @@ def test_what_cannot_be_compared():
     other = make([Row({"network": "b"}, {"latency": milliseconds(2.0)})], name="other")
     with pytest.raises(CompanionError, match=r"^latency is in ms in ours and in s in yours\.$"):
         compare(ours, seconds)
+    for columns in (["speed"], "latency p95"):
+        with pytest.raises(
+            CompanionError, match=r"^toy has no column '(speed|latency p95)': it has network, latency\.$"
+        ):
+            compare(ours, ours, columns)
     with pytest.raises(CompanionError, match=r"^other has no row and value in common with our toy\.$"):
         compare(ours, other)
 
@@ -383,6 +433,7 @@ def test_what_is_shipped_is_found_by_name(tmp_path, monkeypatch):
 
 
 def test_every_result_that_the_course_ships_is_good():
+    assert results.names() == sorted(bench.names())
     for name in results.names():
         found = results.load(name)
         assert found.name == name

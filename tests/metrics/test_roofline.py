@@ -9,7 +9,7 @@ from torch import nn
 
 from companion import CompanionError, metrics
 from companion.metrics import roofline as module
-from companion.metrics.roofline import Layer, Roof, Roofline
+from companion.metrics.roofline import Layer, Roof
 
 ROOF = Roof("by hand", flops_per_second=100.0, bytes_per_second=10.0, source="made up")
 
@@ -23,16 +23,9 @@ def test_the_longer_of_arithmetic_and_memory_decides():
     assert [ROOF.bound(cost) for cost in (busy, hungry, even)] == ["arithmetic", "memory", "arithmetic"]
 
 
-def test_share_of_the_layers_within_a_factor():
-    def layer(measured, predicted):
-        return Layer("a", "Linear", metrics.Cost(8, 1), predicted, "memory", measured)
-
-    found = Roofline(ROOF, (layer(2.0, 1.0), layer(2.1, 1.0), layer(0.5, 1.0), layer(0.49, 1.0), layer(1.0, 1.0)))
-    assert found.within(2) == 3 / 5
-    assert found.within(2, above=0.6) == 2 / 3
-    assert found.layers[1].flops_per_second == 16 / 2.1
-    with pytest.raises(CompanionError, match="no layer takes more than 5 s"):
-        found.within(2, above=5)
+def test_a_layer_knows_what_it_reached():
+    layer = Layer("a", "Linear", metrics.Cost(8, 1), predicted=0.5, bound="memory", measured=2.0)
+    assert (layer.ratio, layer.flops_per_second) == (4, 8)
 
 
 @pytest.fixture
@@ -66,11 +59,13 @@ def test_machine_with_a_ticking_clock_and_half_the_bytes(ticking):
 
 def test_network_and_threads_are_left_as_they_were(ticking):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).train()
+    state = torch.get_rng_state()
     threads, mean = torch.get_num_threads(), model[1].running_mean.clone()
     metrics.measure_roofline(model, torch.ones(2, 3, 10, 10), rounds=1, threads=threads + 1)
     assert torch.get_num_threads() == threads
     assert model.training
     assert torch.equal(model[1].running_mean, mean)
+    assert torch.equal(torch.get_rng_state(), state)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
@@ -81,6 +76,27 @@ def test_attention_is_one_layer_and_an_encoder_layer_runs_as_its_parts(ticking):
         ("self_attn", "MultiheadAttention"), ("linear1", "Linear"), ("linear2", "Linear"),
     ]  # fmt: skip
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_work_without_a_layer_of_its_own_is_said(ticking):
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.o = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.o(nn.functional.scaled_dot_product_attention(*[self.q(x)] * 3))
+
+    found = metrics.measure_roofline(nn.Sequential(Attention()), torch.zeros(1, 16, 8), rounds=1)
+    assert [layer.name for layer in found.layers] == ["0.q", "0.o"]
+    linear, attention = 2 * 16 * 64, 2 * 16 * 16 * 8
+    assert found.placed == linear / (linear + attention)
+
+
+def test_a_network_of_one_layer(ticking):
+    found = metrics.measure_roofline(nn.Linear(4, 6), torch.zeros(2, 4), rounds=1)
+    assert [(layer.kind, layer.cost.macs) for layer in found.layers] == [("Linear", 48)]
+    assert found.placed == 1
 
 
 def test_accelerators_are_of_the_books_four_kinds_and_name_their_source():
@@ -100,6 +116,11 @@ def test_bad_input_is_one_sentence():
         (lambda: metrics.measure_roof(threads=-1), "threads is -1"),
         (lambda: metrics.measure_roofline(model, torch.zeros(2, 3)), "cannot run"),
         (lambda: metrics.measure_roofline(nn.ReLU(), example), "no layer that multiplies"),
+        (lambda: metrics.measure_roofline(model.to("meta"), example.to("meta")), "takes no time"),
+        (lambda: metrics.measure_roof(device="meta"), "cannot be measured"),
+        (lambda: metrics.measure_roof(dtype=torch.int8), "cannot be measured"),
+        (lambda: metrics.measure_roof(device="nonsense"), "there is no device"),
+        (lambda: metrics.measure_roof(rounds=1.5), "rounds is 1.5"),
     ]:
         with pytest.raises(CompanionError, match=message):
             call()

@@ -1,6 +1,7 @@
 """The Pareto front against its definition."""
 
 from dataclasses import dataclass
+from decimal import Decimal
 
 import numpy as np
 import pytest
@@ -51,6 +52,16 @@ def test_objects_and_rows_of_records():
     assert pareto_front(points, maximize="throughput", minimize="energy") == [points[1]]
     rows = [Row({"batch": i}, {"latency": Measured(i, i, i, 3, "ms"), "size": 10 - i}) for i in (1, 2)]
     assert len(pareto_front([row.flat() for row in rows], minimize=["latency", "size"])) == 2
+
+
+def test_numbers_of_other_kinds_and_sizes():
+    points = [{"x": 10**400}, {"x": 2**53}, {"x": 2**53 + 1}]
+    assert pareto_front(points, maximize="x") == points[:1]
+    assert pareto_front(points, minimize="x") == points[1:2]
+    assert pareto_front(points[1:], maximize="x") == points[2:]
+    points = [{"x": Decimal("1.5")}, {"x": Measured(1.25, 1, 2, 3, "ms")}, {"x": np.uint8(3)}]
+    assert pareto_front(points, minimize="x") == points[1:2]
+    assert pareto_front(points, maximize="x") == points[2:]
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from companion.units import format_bytes, format_count, format_seconds
         (format_seconds, 0.00123, "1.230 ms"),
         (format_seconds, 1.5e-9, "1.500 ns"),
         (format_seconds, 0.9999999, "1.000 s"),
+        (format_seconds, 9.9996, "10.00 s"),
         (format_seconds, 123.4, "123.4 s"),
         (format_seconds, 12345, "12345 s"),
     ],
