@@ -95,7 +95,7 @@ def doctor(json: Json = False) -> None:
 
 @app.command()
 def train(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="simple_cnn, cifar_resnet20, …")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="simple_cnn, cifar_resnet20, unet, …")],
     data: Data = "digits",
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training data.")] = 10,
     batch_size: Annotated[int, typer.Option(min=1, help="Images a step.")] = 32,
@@ -123,6 +123,8 @@ def train(
     options: dict[str, Any] = {"size": models.image_size(model)} if data.startswith("folder:") else {}
     _set_threads(threads)
     train_data, test_data = (datasets.load(data, split=split, **options) for split in ("train", "test"))
+    # Its own validation split if it has one, else the share that fit holds out by itself.
+    own_split = {"validation": datasets.load(data, split="val")} if "val" in datasets.splits(data) else {}
     network = models.create(model, labels=train_data.labels, classes=len(train_data.labels), seed=seed)
     own = Path(data.removeprefix("folder:")).resolve().name.removesuffix(".zip")
     out = out or Path(f"{model}-{own if data.startswith('folder:') else data}.safetensors")
@@ -147,6 +149,7 @@ def train(
             checkpoint=checkpoint,
             resume=resume,
             on_epoch=_print_epoch,
+            **own_split,
         )
     except KeyboardInterrupt:
         hint = "the same command with --resume goes on" if checkpoint.exists() else "nothing was kept yet"
@@ -165,7 +168,7 @@ def evaluate(
         typer.Argument(metavar="FILE", help="F.safetensors of `companion train`, or F.onnx of `companion export`."),
     ],
     data: Data = "digits",
-    split: Annotated[str, typer.Option(help="test or train.")] = "test",
+    split: Annotated[str, typer.Option(help="test or train; of camvid also val.")] = "test",
     engine: Annotated[
         str | None,
         typer.Option(

@@ -53,7 +53,14 @@ def catalogue() -> list[Entry]:
     return [
         Entry("digits", "classify", uci, "built in", "1,797 images", "CC BY 4.0"),
         Entry("hard_digits", "classify", f"made from digits ({uci})", "built in", "6,000 images", "CC BY 4.0"),
-        Entry("digit_scenes", "segment", f"made from digits ({uci})", "built in", "N images", "CC BY 4.0"),
+        Entry(
+            "digit_scenes",
+            "segment",
+            f"made from digits ({uci})",
+            "built in",
+            "2,500 images, masks, boxes",
+            "CC BY 4.0",
+        ),
         Entry(
             "cifar10",
             "classify",

@@ -67,7 +67,8 @@ def load(name: str, *, split: str, root: str | os.PathLike[str] | None = None, *
     """
     kind = _kind(name)
     if split not in splits(name):
-        raise CompanionError(f"there is no split {split!r} of {kind}: choose {' or '.join(splits(name))}.")
+        *others, last = splits(name)
+        raise CompanionError(f"there is no split {split!r} of {kind}: choose {', '.join(others)} or {last}.")
     build = _DATASETS[kind]
     takes = list(inspect.signature(build).parameters)[1:]
     arguments = dict(options)

@@ -257,5 +257,7 @@ def reason(error: BaseException) -> str:
     """
     said = str(error).rpartition("Status Message: ")[2].strip().partition("\n")[0]
     said = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", said)
-    said = re.sub(r"\S*onnxruntime_src/\S+ .*?\) |This is an invalid model\. ", "", said)
+    said = re.sub(
+        r"\S*onnxruntime_src/\S+ .*?\) |This is an invalid model\. |ONNX Runtime only \*guarantees\* [^.]*\. ", "", said
+    )
     return re.split(r"[.!?]\s+(?=[A-Z])", said)[0].rstrip(" .:") or type(error).__name__

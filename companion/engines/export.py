@@ -208,6 +208,12 @@ def _compare(model: nn.Module, example: Any, content: bytes, tolerance: float) -
     generator = torch.Generator().manual_seed(0)
     largest = 0.0
     with OnnxRuntimeEngine(content, threads=1) as engine:
+        for info in engine.inputs:
+            if info.shape[0] is not None:
+                raise CompanionError(
+                    f"{type(model).__name__} cannot be exported to ONNX: torch takes its batch for always "
+                    f"{info.shape[0]}, as after len(x) or int(), in place of which x.shape[0] helps."
+                )
         for inputs in (example, *(random_like(example, batch, generator) for batch in batches)):
             batch = len(tree_leaves(inputs)[0])
             expected = _run(model, inputs)

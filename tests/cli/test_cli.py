@@ -280,12 +280,12 @@ def test_data_list_and_verify(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("COMPANION_DATA", str(tmp_path))
     code, out, _ = call(capsys, "data", "list")
     assert code == 0
-    assert [line.split()[0] for line in out.splitlines()[1:4]] == ["digits", "hard_digits", "cifar10"]
+    assert [line.split()[0] for line in out.splitlines()[1:-2]] == datasets.names()
     assert "missing" in out
     assert str(tmp_path) in out
     code, out, _ = call(capsys, "data", "verify")
     assert code == 0
-    assert out.count(" ok ") == 4
+    assert out.count(" ok ") == 2 * len(datasets.store.manifest()["generated"])
     (tmp_path / "cifar10.zip").write_bytes(b"PK nonsense")
     code, out, err = call(capsys, "data", "verify")
     assert code == 1
@@ -469,3 +469,42 @@ def test_every_part_that_doctor_knows_can_be_installed():
     for row in doctor.PARTS:
         if "[" in row.install:
             assert row.install.split("[")[1].split("]")[0] in extras
+
+
+def test_segmentation_from_training_to_judging(capsys, tmp_path, monkeypatch):
+    """Two epochs on the scenes of digits, and on a CamVid of our own, whose val split chooses the weights."""
+    import numpy as np
+    from PIL import Image
+
+    monkeypatch.chdir(tmp_path)
+    load = functools.partial(datasets.digit_scenes.digit_scenes, size=48, scenes=40)
+    monkeypatch.setitem(datasets.registry._DATASETS, "digit_scenes", lambda split: load(split))
+    code, out, err = call(capsys, "train", "unet", "--data", "digit_scenes", "--epochs", "2", "--threads", "1")
+    assert (code, err) == (0, "")
+    assert "on digit_scenes (40 images)" in out
+    reported = out.splitlines()[-1].split(maxsplit=1)[1]
+    assert reported.startswith("mean_iou ")
+    assert "pixel_accuracy " in reported
+    code, out, _ = call(capsys, "evaluate", "unet-digit_scenes.safetensors", "--data", "digit_scenes", "--threads", "1")
+    assert code == 0
+    assert out.strip().endswith(reported)
+    refused(call(capsys, "evaluate", "unet-digit_scenes.safetensors"), "unet is for the task 'segment'")
+    refused(call(capsys, "train", "simple_cnn", "--data", "digit_scenes"), "simple_cnn is for the task 'classify'")
+
+    for split in ("train", "val", "test"):
+        for kind in ("images", "masks"):
+            (tmp_path / "data" / "camvid" / split / kind).mkdir(parents=True)
+        for i in range(4):
+            mask = np.full((30, 40), i, np.uint8)
+            Image.fromarray(mask).save(tmp_path / f"data/camvid/{split}/masks/{i}.png")
+            Image.fromarray(np.stack([40 * mask] * 3, -1)).save(tmp_path / f"data/camvid/{split}/images/{i}.jpg")
+    monkeypatch.setenv("COMPANION_DATA", str(tmp_path / "data"))
+    held_out = []
+    fit = train.fit
+    monkeypatch.setattr(train, "fit", lambda *a, **k: held_out.append(k.get("validation")) or fit(*a, **k))
+    code, out, err = call(capsys, "train", "unet", "--data", "camvid", "--epochs", "1", "--threads", "1")
+    assert (code, err) == (0, "")
+    assert "val/images" in held_out[0].files[0][0]
+    code, out, _ = call(capsys, "evaluate", "unet-camvid.safetensors", "--data", "camvid", "--split", "val", "--json")
+    assert code == 0
+    assert json.loads(out).keys() >= {"mean_iou", "pixel_accuracy", "loss", "samples"}

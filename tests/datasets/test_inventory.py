@@ -13,8 +13,11 @@ from companion.datasets import inventory, store
 def test_the_catalogue_has_every_name():
     entries = datasets.catalogue()
     assert [entry.name for entry in entries] == datasets.names()
-    assert [entry.state for entry in entries] == ["built in", "built in", "missing"]
-    assert {entry.task for entry in entries} == {"classify"}
+    assert {entry.name: entry.state for entry in entries} == {
+        **dict.fromkeys(("digits", "hard_digits", "digit_scenes"), "built in"),
+        **dict.fromkeys(("cifar10", "camvid"), "missing"),
+    }
+    assert {entry.name for entry in entries if entry.task == "segment"} == {"digit_scenes", "camvid"}
     assert all(entry.source and entry.size and entry.terms for entry in entries)
 
 
@@ -28,6 +31,17 @@ def test_this_machine_makes_the_images_of_the_course(name, split):
     assert digest.hexdigest() == store.manifest()["generated"][name][split]
 
 
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_this_machine_makes_the_scenes_of_the_course(split):
+    data, boxed = (datasets.load("digit_scenes", split=split, task=task) for task in ("segment", "detect"))
+    images = np.stack([np.rint(image.numpy() * 255).astype(np.uint8) for image, _ in data])
+    masks = np.stack([mask.numpy().astype(np.uint8) for _, mask in data])
+    boxes = b"".join(found["boxes"].numpy().astype("<u2").tobytes() for _, found in boxed)
+    digits = b"".join(bytes(found["labels"].tolist()) for _, found in boxed)
+    digest = hashlib.sha256(images.tobytes() + masks.tobytes() + boxes + digits)
+    assert digest.hexdigest() == store.manifest()["generated"]["digit_scenes"][split]
+
+
 def test_the_manifest_lists_every_shipped_file_but_results():
     """Results change with every run of a bench, and reading one checks it: see companion.metrics.results."""
     folder = datasets.shipped("manifest.json").parent
@@ -38,12 +52,9 @@ def test_the_manifest_lists_every_shipped_file_but_results():
 
 def test_everything_here_is_as_it_should_be():
     checks = datasets.verify()
-    assert [check.what for check in checks][-4:] == [
-        "digits train",
-        "digits test",
-        "hard_digits train",
-        "hard_digits test",
-    ]
+    generated = [f"{name} {split}" for name in store.manifest()["generated"] for split in ("train", "test")]
+    assert [check.what for check in checks][-len(generated) :] == generated
+    assert {"digits", "hard_digits", "digit_scenes"} <= store.manifest()["generated"].keys()
     assert all(check.ok for check in checks), checks
 
 

@@ -9,19 +9,28 @@ from companion import CompanionError, datasets
 
 
 def test_names():
-    assert datasets.names() == ["digits", "hard_digits", "cifar10"]
+    assert datasets.names() == ["digits", "hard_digits", "digit_scenes", "cifar10", "camvid"]
 
 
 @pytest.mark.parametrize("name", ["mnist", "", "folder", "folder:", "digits:8", "Digits"])
 def test_refuses_an_unknown_name(name):
-    with pytest.raises(CompanionError, match=r"choose one of digits, hard_digits, cifar10, folder:PATH\.$"):
+    with pytest.raises(CompanionError, match=r"choose one of digits, hard_digits, .*, folder:PATH\.$"):
         datasets.load(name, split="train")
 
 
 @pytest.mark.parametrize("split", ["valid", "Train", "", None])
 def test_refuses_an_unknown_split(split):
-    with pytest.raises(CompanionError, match=r"choose train or test\.$"):
+    with pytest.raises(CompanionError, match=r"of digits: choose train or test\.$"):
         datasets.load("digits", split=split)
+
+
+def test_splits():
+    assert datasets.splits("digits") == datasets.splits("folder:x") == ("train", "test")
+    assert datasets.splits("camvid") == ("train", "val", "test")
+    with pytest.raises(CompanionError, match="no data set 'mnist'"):
+        datasets.splits("mnist")
+    with pytest.raises(CompanionError, match=r"of camvid: choose train, val or test\.$"):
+        datasets.load("camvid", split="dev")
 
 
 @pytest.mark.parametrize(
@@ -29,7 +38,9 @@ def test_refuses_an_unknown_split(split):
     [
         ("digits", "level", "none"),
         ("hard_digits", "size", "level"),
+        ("digit_scenes", "level", "task, size, scenes"),
         ("cifar10", "size", "none"),
+        ("camvid", "size", "none"),
         ("folder:x", "level", "size"),
         ("folder:x", "path", "size"),
     ],
