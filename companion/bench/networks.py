@@ -9,7 +9,14 @@ from companion import engines, metrics, models
 from companion.bench.runner import Bench, Cell
 from companion.metrics.results import Row, Value, summarize
 
-BATCHES = (1, 32)
+BATCHES = {
+    "simple_cnn": (1, 32),
+    "simple_cnn_3conv": (1, 32),
+    "cifar_resnet20": (1, 32),
+    "cifar_resnet18": (1, 32),
+    "resnet18": (1,),
+    "resnet50": (1,),
+}
 ENGINES = ("torch", "torch_fused", "onnxruntime")
 SECONDS = 10.0  # a cell: all engines of one network and batch, in turn
 
@@ -41,8 +48,8 @@ def _compare(name: str, batch: int) -> list[Row]:
 
 def _cells() -> Iterator[Cell]:
     torch.set_num_threads(1)
-    for name in ("simple_cnn", "simple_cnn_3conv", "cifar_resnet20", "cifar_resnet18", "resnet18", "resnet50"):
-        for batch in BATCHES:
+    for name, batches in BATCHES.items():
+        for batch in batches:
             yield Cell(f"{name}, batch {batch}", partial(_compare, name, batch))
 
 
