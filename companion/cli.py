@@ -124,7 +124,9 @@ def train(
     _set_threads(threads)
     train_data, test_data = (datasets.load(data, split=split, **options) for split in ("train", "test"))
     # Its own validation split if it has one, else the share that fit holds out by itself.
-    own_split = {"validation": datasets.load(data, split="val")} if "val" in datasets.splits(data) else {}
+    own_split: dict[str, Any] = (
+        {"validation": datasets.load(data, split="val")} if "val" in datasets.splits(data) else {}
+    )
     network = models.create(model, labels=train_data.labels, classes=len(train_data.labels), seed=seed)
     own = Path(data.removeprefix("folder:")).resolve().name.removesuffix(".zip")
     out = out or Path(f"{model}-{own if data.startswith('folder:') else data}.safetensors")

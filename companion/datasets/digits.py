@@ -42,7 +42,7 @@ def warp(
         ink: scans [N, 8, 8].
         half_tangent: tan(a/2) per scan [N]; positive turns it clockwise.
         scale: size per scan [N]; at 1 a scan fills the canvas.
-        x: shift to the right per scan [N], in pixels of the scan (an eighth of its side).
+        x: shift to the right per scan [N], in pixels of a scan that fills the canvas.
         y: shift downwards [N], likewise.
         size: side of the canvas in pixels.
 

@@ -121,7 +121,7 @@ class Engine(ABC):
         Raises:
             CompanionError: the metadata have not as many labels as the network has classes.
         """
-        _check_labels(metadata, outputs[0].shape)
+        _check_labels(metadata, outputs)
         free = [info.name for info in inputs if info.shape[:1] == (None,)]
         self._batches = [free] if batches is None else batches
         self.name = name
@@ -226,13 +226,13 @@ def _shape_text(shape: Sequence[int | None]) -> str:
     return f"[{', '.join(free[i] if size is None else str(size) for i, size in enumerate(shape))}]"
 
 
-def _check_labels(metadata: Metadata, shape: Sequence[int | None]) -> None:
+def _check_labels(metadata: Metadata, outputs: Sequence[TensorInfo]) -> None:
     """Scores are [N, classes], of pixels [N, classes, H, W]; detectors have forms of their own."""
     dimensions = {None: (2,), "classify": (2,), "text": (2,), "segment": (4,), "detect": ()}[metadata.task]
-    if metadata.labels is None or len(shape) not in dimensions or shape[1] is None:
+    shape = outputs[0].shape if outputs else ()
+    if metadata.labels is None or len(shape) not in dimensions or shape[1] in (None, len(metadata.labels)):
         return
-    if shape[1] != len(metadata.labels):
-        raise CompanionError(f"the network has {shape[1]} classes, but {len(metadata.labels)} labels were given.")
+    raise CompanionError(f"the network has {shape[1]} classes, but {len(metadata.labels)} labels were given.")
 
 
 @contextmanager

@@ -125,9 +125,12 @@ def flatten(value: Any, root: str) -> dict[str, Tensor]:
     ``boxes_1``.
 
     Raises:
-        CompanionError: something in it is not a tensor, has numbers that NumPy lacks, or shares its name with another.
+        CompanionError: it is empty, or something in it is not a tensor, has numbers that NumPy lacks, or shares its
+            name with another.
     """
     leaves, _ = tree_flatten_with_path(value)
+    if not leaves:
+        raise CompanionError(f"the network has no {root}: it must take a tensor and return one.")
     named: dict[str, Tensor] = {}
     for path, leaf in leaves:
         steps = [str(getattr(step, "key", getattr(step, "name", getattr(step, "idx", step)))) for step in path]
@@ -136,7 +139,7 @@ def flatten(value: Any, root: str) -> dict[str, Tensor]:
         if not isinstance(leaf, Tensor):
             raise CompanionError(f"{name} of the network is {type(leaf).__name__}: only tensors can go in and out.")
         try:
-            leaf.new_empty(0, device="cpu").numpy()
+            torch.empty(0, dtype=leaf.dtype).numpy()
         except TypeError as error:
             dtype = str(leaf.dtype).removeprefix("torch.")
             raise CompanionError(

@@ -161,6 +161,9 @@ class _EngineModule(nn.Module):
         super().__init__()
         self.engine = engine
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        raise CompanionError("an engine in place of a network cannot be copied or exported: take the network itself.")
+
     def forward(self, *inputs: Tensor) -> Any:
         names = [info.name for info in self.engine.inputs]
         if len(inputs) != len(names):

@@ -33,6 +33,12 @@ class UNet(nn.Module):
 
     Takes float images [N, 3, H, W] in 0..1, H and W at least 2**depth and best its multiples; returns scores
     (logits) [N, classes, H, W].
+
+    Width 8 and depth 3 on digit_scenes, ten epochs in batches of 8 (``companion train unet --data digit_scenes
+    --batch-size 8``), seeds 0, 1 and 2: 90, 73 and 88 % mean IoU, 99.6, 98.8 and 99.5 % pixel accuracy on the test
+    split, after 120 CPU-seconds each with one thread of an AMD EPYC. Calling everything background scores 8.5 and
+    93.6 %. It finds the ink at once and tells the digits apart only after a thousand steps or so: in batches of 32,
+    a quarter of the steps, seed 0 came to 50 %.
     """
 
     def __init__(self, *, width: int, depth: int, classes: int, mean: Sequence[float], std: Sequence[float]) -> None:

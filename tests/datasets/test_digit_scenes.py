@@ -77,6 +77,15 @@ def test_boxes_fit_the_masks_tightly_and_never_overlap(scenes, boxed):
         assert found["boxes"].max() <= 96
 
 
+def test_every_scan_leaves_a_pixel_in_the_smallest_scenes():
+    """Or it would have no box."""
+    ink = digits.scans()[0]
+    side = int(48 * digit_scenes.SMALLEST)
+    zero = np.zeros(len(ink))
+    drawn = digits.warp(ink, zero, zero + side / (side + 2), zero, zero, size=side + 2)
+    assert (drawn >= digit_scenes.DIGIT_FROM).any(axis=(1, 2)).all()
+
+
 def test_labels_are_those_of_the_scans(boxed):
     assert np.array_equal(boxed.digits, digits.scans()[1][boxed.scans])
 
@@ -186,7 +195,7 @@ def test_the_checksum_covers_pixels_masks_and_boxes(scenes):
     ("options", "says"),
     [
         ({"task": "classify"}, "tasks segment and detect, not 'classify'"),
-        ({"size": 31}, "32 to 640 pixels a side, not 31"),
+        ({"size": 47}, "48 to 640 pixels a side, not 47"),
         ({"size": 641}, "not 641"),
         ({"size": 96.0}, "not 96.0"),
         ({"size": True}, "not True"),

@@ -337,6 +337,7 @@ def test_outputs_that_depend_on_the_batch(engine):
     refused(r"output of the network has the shape \[3\] for one sample and", Does(torch.squeeze), engine, example=x)
     names = Does(lambda x: {"one" if len(x) == 1 else "more": x})
     refused("returns one for one sample and more for two", names, engine, example=x)
+    refused("the network has no output", Does(lambda x: []), engine, example=x)
 
 
 def test_too_little_memory_is_no_missing_device(monkeypatch):

@@ -195,6 +195,7 @@ def refused(says, model, example, path, **options):
         (lambda x: (x, 3), "output_1 of the network is int: only tensors"),
         (lambda x: x.bfloat16(), "output of the network is bfloat16"),
         (lambda x: {"a": (x, x), "a_0": x}, "two tensors of the network would both be called a_0"),
+        (lambda x: {}, "the network has no output"),
         (lambda x: x * len(x), "torch takes its batch for always 2"),
         (lambda x: {"one" if x.shape[0] == 1 else "more": x}, "returns one at batch 1, more for the example"),
         (lambda x: x + torch.nan, r"output of the network is not a number \(NaN\) for the example"),
@@ -208,6 +209,7 @@ def refused(says, model, example, path, **options):
         "no tensor",
         "bfloat16",
         "names",
+        "none",
         "len",
         "names by batch",
         "NaN",
@@ -276,9 +278,15 @@ def test_a_network_that_does_not_want_to_be_copied(tmp_path):
     refused("Single cannot be copied: there is only one", Single(3, 2), X[0], tmp_path / "net.onnx")
 
 
-def test_an_engine_cannot_be_exported_again(opened, tmp_path):
-    module = engines.as_module(opened("simple_cnn", "onnxruntime"))
-    refused("_EngineModule cannot be (copied|exported)", module, torch.rand(1, 3, 32, 32), tmp_path / "net.onnx")
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_engine_cannot_be_exported_again(engine, opened, tmp_path):
+    module = engines.as_module(opened("simple_cnn", engine))
+    refused(
+        "an engine in place of a network cannot be copied or exported",
+        module,
+        torch.rand(1, 3, 32, 32),
+        tmp_path / "net.onnx",
+    )
 
 
 def test_more_weights_than_a_file_can_hold(tmp_path, monkeypatch):

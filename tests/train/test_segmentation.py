@@ -34,7 +34,7 @@ def judge(*batches: tuple[torch.Tensor, torch.Tensor], classes: int = 4) -> dict
 
 
 def test_scores_by_hand():
-    """Of 6 pixels that count, 4 are right. Classes 0, 1 and 2 have 2 of 4, 1 of 2 and 1 of 2 in both; 3 occurs nowhere."""
+    """Of 6 pixels that count, 4 are right. Classes 0, 1, 2 have 2 of 4, 1 of 2, 1 of 2 in both; 3 occurs nowhere."""
     found = judge((PREDICTION, MASK))
     assert list(found) == ["mean_iou", "pixel_accuracy"]
     assert found["mean_iou"] == pytest.approx((2 / 4 + 1 / 2 + 1 / 2) / 3)
