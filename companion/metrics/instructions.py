@@ -12,7 +12,7 @@ from companion.metrics.latency import quiet_benchmark
 def count_instructions(statement: str, *, setup: str = "pass", number: int = 100) -> int:
     """Machine instructions of one run of a Python statement, interpreter included, counted by Valgrind's Callgrind.
 
-    Through `torch.utils.benchmark.Timer.collect_callgrind`, in a process of its own with one thread. That process is
+    Through the ``collect_callgrind`` of torch.utils.benchmark, in a process of its own with one thread. That process is
     simulated, the import of torch too, so this takes a minute or more. What Python spends on looking up names is left
     out, since it depends on how names hash.
 
