@@ -7,6 +7,7 @@ import torch
 
 from companion import engines, metrics, models
 from companion.bench.runner import Bench, Cell
+from companion.bench.values import speed_up
 from companion.metrics.results import Row, Value, summarize
 
 BATCHES = {
@@ -36,12 +37,11 @@ def _compare(name: str, batch: int) -> list[Row]:
             engine.close()
     rows = []
     for each, latency in found.latencies.items():
-        ratio = found.ratios.get(each)
-        values: dict[str, Value] = {"latency": summarize([1e3 * sample for sample in latency.samples], "ms")}
-        values["p95 in ms"] = round(1e3 * latency.p95, 3)
-        values["speed-up"] = 1.0 if ratio is None else round(ratio.speedup, 3)
-        values["at least"] = 1.0 if ratio is None else round(1 / ratio.high, 3)
-        values["at most"] = 1.0 if ratio is None else round(1 / ratio.low, 3)
+        values: dict[str, Value] = {
+            "latency": summarize([1e3 * sample for sample in latency.samples], "ms"),
+            "p95 in ms": round(1e3 * latency.p95, 3),
+            **speed_up(found.ratios.get(each)),
+        }
         rows.append(Row({"network": name, "batch": batch, "engine": each}, values))
     return rows
 

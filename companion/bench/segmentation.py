@@ -8,6 +8,7 @@ import torch
 
 from companion import metrics, models
 from companion.bench.runner import Bench, Cell
+from companion.bench.values import speed_up
 from companion.metrics.results import Row, Value, summarize
 
 SIZES = (96, 224)
@@ -31,12 +32,9 @@ def _compare(name: str, size: int, threads: int) -> list[Row]:
     )
     rows = []
     for variant, latency in found.latencies.items():
-        ratio = found.ratios.get(variant)
         values: dict[str, Value] = {
             "latency": summarize([1e3 * sample for sample in latency.samples], "ms"),
-            "speed-up": 1.0 if ratio is None else round(ratio.speedup, 3),
-            "at least": 1.0 if ratio is None else round(1 / ratio.high, 3),
-            "at most": 1.0 if ratio is None else round(1 / ratio.low, 3),
+            **speed_up(found.ratios.get(variant)),
         }
         rows.append(Row({"network": name, "size": size, "threads": threads, "variant": variant}, values))
     return rows
