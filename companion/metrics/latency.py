@@ -407,7 +407,7 @@ def _measure(
     run = runner or partial(_run, clock or benchmark.timer)
     rng = np.random.default_rng(seed)
     alone = len(functions) == 1
-    first, calls, lead = [], [], []
+    first, warm = [], []
     blocks: list[list[float]] = [[] for _ in functions]
     orders: list[np.ndarray] = []
     spent = 0.0
@@ -415,9 +415,8 @@ def _measure(
     with benchmark.set_torch_threads(threads), torch.accelerator.device_index(place.index):
         for function in functions:
             first.append(run(function, 1))
-            number, each = _warm_up(run, function, warmup)
-            calls.append(number)
-            lead.append(math.ceil(LEAD / each))
+            warm.append(_warm_up(run, function, warmup))
+        calls, lead = _treat_alike(warm)
         while len(blocks[0]) < rounds or spent < seconds:
             orders = orders or _orders(len(functions), rng)
             for i in orders.pop():
@@ -465,6 +464,25 @@ def _warm_up(run: Runner, function: Function, repeats: int) -> tuple[int, float]
         if calls > 2**20:
             raise _stands_still(calls)
     return calls, fastest / calls
+
+
+def _treat_alike(warm: list[tuple[int, float]]) -> tuple[list[int], list[int]]:
+    """Calls of each function's block and of its lead, given what `_warm_up` found: the same within a factor of two.
+
+    The first call of a block costs more than the next. So a function in blocks of two calls seems some percent slower
+    than the same one in blocks of four, and a warm-up on a busy machine does not always find the same.
+    """
+    calls, lead = [0] * len(warm), [0] * len(warm)
+    slower = sorted(range(len(warm)), key=lambda i: warm[i][1])
+    while slower:
+        # The fastest left, and all after it as long as each takes at most twice the one before.
+        alike = [slower.pop(0)]
+        while slower and warm[slower[0]][1] <= 2 * warm[alike[-1]][1]:
+            alike.append(slower.pop(0))
+        for i in alike:
+            calls[i] = max(warm[j][0] for j in alike)
+            lead[i] = math.ceil(LEAD / warm[alike[0]][1])
+    return calls, lead
 
 
 def _orders(functions: int, rng: np.random.Generator) -> list[np.ndarray]:

@@ -138,6 +138,19 @@ def test_an_interrupted_warm_up_does_not_make_the_blocks_short():
     assert measure_latency(function, seconds=0.01, clock=machine.clock).calls_per_sample == 8
 
 
+def test_functions_that_take_about_as_long_have_blocks_and_leads_of_as_many_calls():
+    machine = Machine()
+    seconds = {"fast": 1e-6, "below": 0.9 * BLOCK / 2, "above": 1.1 * BLOCK / 2, "slow": 3 * BLOCK}
+    compared = compare_latency(
+        {name: machine.function(each, name=name) for name, each in seconds.items()}, rounds=8, clock=machine.clock
+    )
+    # Alone, "above" would need 2: but by it alone would "below", in blocks of 4, seem to differ.
+    blocks = {name: latency.calls_per_sample for name, latency in compared.latencies.items()}
+    assert blocks == {"fast": 128, "below": 4, "above": 4, "slow": 1}
+    calls, rounds = Counter(machine.log), len(compared.latencies["slow"].samples)
+    assert calls["above"] - 1 - 3 * (1 + 2) == calls["below"] - 1 - 3 * (1 + 2 + 4) == rounds * (4 + 12)
+
+
 def test_a_sample_is_what_torch_measures():
     ours, theirs = Machine(), Machine()
     latency = measure_latency(ours.function(0.5), samples=3, clock=ours.clock)
