@@ -5,6 +5,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -12,8 +13,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from companion.errors import CompanionError
-from companion.files import replacing
-from companion.models.registry import ModelInfo, attach, create, describe
+from companion.files import replacing, shipped
+from companion.models.registry import ModelInfo, attach, create, describe, image_size
+from companion.models.structure import changed_layers, check_runs, replace_layers
 
 FORMAT = "companion-1"
 
@@ -28,14 +30,15 @@ def save(
     """Write ``model`` to a ``.safetensors`` file, whole or not at all.
 
     Args:
-        model: a network from `create` or `load`.
+        model: a network from `create` or `load`, compressed or not: layers that are not as `create` makes them,
+            such as narrower ones after pruning, are written down, too.
         path: the file; an existing one is replaced.
         labels: class names in the order of the outputs, if not those the network already carries.
         vocabulary: for text, the words in the order of their ids, likewise.
 
     Raises:
-        CompanionError: not one of our networks, not in float32, labels that do not fit, or the file cannot be
-            written.
+        CompanionError: not one of our networks, not in float32, a layer that a file cannot hold, labels that do not
+            fit, or the file cannot be written.
     """
     info = describe(model)
     if labels is not None:
@@ -43,8 +46,11 @@ def save(
     if vocabulary is not None:
         info = replace(info, vocabulary=tuple(vocabulary))
     attach(model, info)
+    with torch.device("meta"):
+        layers = changed_layers(model, create(info.name, **info.configuration))
     # One entry, because safetensors writes several in random order: equal networks make equal files.
-    metadata = {FORMAT: json.dumps(asdict(info), ensure_ascii=False)}
+    said = asdict(info) | ({"layers": layers} if layers else {})
+    metadata = {FORMAT: json.dumps(said, ensure_ascii=False)}
     if any(value.is_floating_point() and value.dtype != torch.float32 for value in model.state_dict().values()):
         raise CompanionError("weights are saved in float32: call the network's float() first.")
     # A file has no memory format (channels-last) and no device.
@@ -66,7 +72,7 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
         raise CompanionError(f"there is no weights file {path}.")
     try:
         with safe_open(path, framework="pt") as file:
-            info = _read_info(path, file.metadata() or {})
+            info, layers = _read_info(path, file.metadata() or {})
             # Cloned, because they lie unaligned in the file: kernels would round in another order than before.
             state = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
@@ -76,12 +82,35 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
         model = create(info.name, **info.configuration)
     if info.task != describe(model).task:
         raise CompanionError(f"{path} says that {info.name} is for the task {info.task!r}, which it is not.")
+    if layers:
+        try:
+            with torch.device("meta"):
+                replace_layers(model, layers)
+            check_runs(model, info.configuration.get("image_size", image_size(info.name)))
+        except CompanionError as error:
+            raise CompanionError(f"{path} does not fit {info.name}: {error}") from error
     _check_fit(path, info.name, model.state_dict(), state)
     model.load_state_dict(state, assign=True)
     return attach(model, info).eval()
 
 
-def _read_info(path: Path, metadata: dict[str, str]) -> ModelInfo:
+def pretrained(name: str) -> nn.Module:
+    """A trained network that comes with the project, in evaluation mode on the CPU.
+
+    Args:
+        name: ``cifar_resnet14_hard_digits``, 98.15 % on the test split of ``hard_digits``, made by
+            ``companion train cifar_resnet14 --data hard_digits --epochs 10 --threads 1``.
+
+    Raises:
+        CompanionError: no such network is shipped.
+    """
+    known = sorted(path.stem for path in shipped("manifest.json").parent.glob("weights/*.safetensors"))
+    if name not in known:
+        raise CompanionError(f"no network {name!r} is shipped: choose one of {', '.join(known)}.")
+    return load(shipped(f"weights/{name}.safetensors"))
+
+
+def _read_info(path: Path, metadata: dict[str, str]) -> tuple[ModelInfo, dict[str, Any]]:
     if FORMAT not in metadata:
         raise CompanionError(
             f"{path} is a safetensors file, but not one of companion's: it does not say which network it holds."
@@ -91,13 +120,17 @@ def _read_info(path: Path, metadata: dict[str, str]) -> ModelInfo:
         for key in ("labels", "vocabulary"):
             if found[key] is not None and not all(isinstance(word, str) for word in found[key]):
                 raise TypeError(f"the {key} are not text")
-        return ModelInfo(
+        layers = found.get("layers", {})
+        if not (isinstance(layers, dict) and all(isinstance(layer, dict) for layer in layers.values())):
+            raise TypeError("the layers are no table")
+        info = ModelInfo(
             name=str(found["name"]),
             configuration={k: tuple(v) if isinstance(v, list) else v for k, v in found["configuration"].items()},
             task=found["task"],
             labels=None if found["labels"] is None else tuple(found["labels"]),
             vocabulary=None if found["vocabulary"] is None else tuple(found["vocabulary"]),
         )
+        return info, layers
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise CompanionError(f"{path} has a damaged description of its network: {error}.") from error
 

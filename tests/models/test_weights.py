@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from companion import CompanionError, models
+from companion import CompanionError, datasets, models, train
 
 LABELS = [f"类别 {i}" for i in range(4)]
 
@@ -192,3 +192,13 @@ def test_foreign_module_is_not_saved(tmp_path):
     with pytest.raises(CompanionError, match=r"not made by models\.create"):
         models.save(torch.nn.Linear(1, 1), tmp_path / "net.safetensors")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_shipped_network_is_as_good_as_it_says():
+    scores = train.evaluate(models.pretrained("cifar_resnet14_hard_digits"), datasets.load("hard_digits", split="test"))
+    assert scores.main == pytest.approx(0.9815, abs=0.002)
+
+
+def test_no_such_network_is_shipped():
+    with pytest.raises(CompanionError, match="choose one of .*cifar_resnet14_hard_digits"):
+        models.pretrained("../results/complexity")
