@@ -1,8 +1,21 @@
 """Images to learn from: made from digits, so always there; larger ones to download or to bring; folders of your own."""
 
+from companion.datasets.arrays import in_memory
 from companion.datasets.download import get
 from companion.datasets.inventory import Check, Entry, catalogue, verify
 from companion.datasets.registry import load, names, splits
 from companion.datasets.store import data_folder, shipped
 
-__all__ = ["Check", "Entry", "catalogue", "data_folder", "get", "load", "names", "shipped", "splits", "verify"]
+__all__ = [
+    "Check",
+    "Entry",
+    "catalogue",
+    "data_folder",
+    "get",
+    "in_memory",
+    "load",
+    "names",
+    "shipped",
+    "splits",
+    "verify",
+]

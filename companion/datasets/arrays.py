@@ -1,12 +1,15 @@
 """Labelled images that fit into memory."""
 
 import hashlib
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
+
+from companion.errors import CompanionError
 
 
 class ArrayImages(Dataset[tuple[Tensor, int]]):
@@ -48,3 +51,34 @@ class ArrayImages(Dataset[tuple[Tensor, int]]):
         digest = hashlib.sha256(self.images.numpy().tobytes())
         digest.update(self.targets.numpy().astype(np.uint8).tobytes())
         return digest.hexdigest()
+
+
+def in_memory(data: Any) -> ArrayImages:
+    """The samples of a labelled image data set, read once and kept as bytes: for many epochs over many files.
+
+    Args:
+        data: of `companion.datasets` or alike: samples (float image [3, H, W] in 0..1, int label), all of one size, and
+            their ``labels``. Its ``name`` and ``augmentation`` are kept.
+
+    Returns:
+        ``data`` itself if it is in memory.
+
+    Raises:
+        CompanionError: there are no samples, or the images differ in size.
+    """
+    if isinstance(data, ArrayImages):
+        return data
+    if len(data) == 0:
+        raise CompanionError("there is nothing to read: the data set is empty.")
+    first, _ = data[0]
+    images = np.empty((len(data), *first.shape), np.uint8)
+    targets = np.empty(len(data), np.int64)
+    for i in range(len(data)):
+        image, targets[i] = data[i]
+        if image.shape != first.shape:
+            raise CompanionError(
+                f"image {i} is {list(image.shape)}, the first {list(first.shape)}: give them one size."
+            )
+        images[i] = (255 * image).round().byte().numpy()
+    name, augmentation = getattr(data, "name", type(data).__name__), getattr(data, "augmentation", None)
+    return ArrayImages(name, images, targets, tuple(data.labels), augmentation=augmentation)

@@ -1,0 +1,76 @@
+"""Train the networks of data/weights and note their checksums in data/manifest.json.
+
+python tools/train_weights.py NAME ...    those of WEIGHTS; stopped, the same command goes on
+
+CIFAR-10 must be there (`companion data list`); an epoch of cifar_resnet20 on it takes about two minutes of one core.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from companion import datasets, files, models, train
+
+DATA = Path(__file__).resolve().parents[1] / "data"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a network came about."""
+
+    model: str
+    data: str
+    seed: int
+    configuration: dict[str, Any]
+    fit: dict[str, Any]
+    layout: torch.memory_format = torch.contiguous_format
+
+
+# All training images, and the weights of the last epoch: nothing is chosen by how well it does.
+CIFAR = {"batch_size": 128, "lr": 5e-3, "weight_decay": 5e-2, "precision": "bf16", "validation": 0}
+WEIGHTS = {
+    # As `companion train cifar_resnet14 --data hard_digits --epochs 10 --threads 1`.
+    "cifar_resnet14_hard_digits": Recipe("cifar_resnet14", "hard_digits", 0, {}, {"epochs": 10}),
+    **{
+        f"cifar_resnet20_cifar10_seed{seed}": Recipe(
+            "cifar_resnet20", "cifar10", seed, {}, {"epochs": 40} | CIFAR, torch.channels_last
+        )
+        for seed in range(3)
+    },
+    "cifar_resnet18_half_cifar10": Recipe(
+        "cifar_resnet18", "cifar10", 0, {"width": 32}, {"epochs": 20} | CIFAR, torch.channels_last
+    ),
+}
+
+
+def make(name: str) -> None:
+    """Train one and write it, with its checksum."""
+    recipe = WEIGHTS[name]
+    torch.set_num_threads(1)  # so that the result does not depend on how many cores there are
+    data, test = (datasets.in_memory(datasets.load(recipe.data, split=split)) for split in ("train", "test"))
+    model = models.create(recipe.model, labels=data.labels, seed=recipe.seed, **recipe.configuration)
+    model = model.to(memory_format=recipe.layout)
+    path = DATA / "weights" / f"{name}.safetensors"
+    path.parent.mkdir(exist_ok=True)
+    checkpoint = path.with_suffix(".checkpoint")
+    train.fit(model, data, seed=recipe.seed, checkpoint=checkpoint, resume=True, **recipe.fit)
+    models.save(model, path)
+    checkpoint.unlink()
+    manifest = json.loads((DATA / "manifest.json").read_text(encoding="utf-8"))
+    entry = {"sha256": files.sha256(path), "bytes": path.stat().st_size}
+    manifest["shipped"] = dict(sorted((manifest["shipped"] | {f"weights/{name}.safetensors": entry}).items()))
+    with files.replacing(DATA / "manifest.json") as file:
+        file.write(json.dumps(manifest, indent=2).encode() + b"\n")
+    print(f"{name}: {train.evaluate(model, test).main:.2%} on the test split")
+
+
+if __name__ == "__main__":
+    names = sys.argv[1:]
+    if not names or set(names) - WEIGHTS.keys():
+        sys.exit(f"name some of {', '.join(WEIGHTS)}")
+    for each in names:
+        make(each)
