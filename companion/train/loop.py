@@ -74,6 +74,7 @@ def fit(
     train_data: Any,
     *,
     epochs: int,
+    task: Task | None = None,
     batch_size: int = 32,
     lr: float = 3e-3,
     weight_decay: float = 1e-2,
@@ -99,6 +100,8 @@ def fit(
         model: takes a batch of the data's samples. Its initial weights are the caller's (``models.create(seed=…)``).
         train_data: a data set of companion.datasets, or any map-style one of (input, target) samples.
         epochs: passes over the training data.
+        task: how samples become batches, the loss, and the score that chooses the best epoch; None takes the task that
+            ``train_data`` names. For another loss on the same data: ``dataclasses.replace(task_of(data), loss=…)``.
         batch_size: samples a step.
         lr: peak learning rate; it rises over the first 5 % of the steps and falls to zero along a cosine.
         weight_decay: AdamW's.
@@ -141,11 +144,11 @@ def fit(
         if not good:
             raise CompanionError(f"{name} is {value}: give {wanted}.")
     policy = Precision.named(precision, pick_device(device))
-    task = task_of(train_data)
+    task = task_of(train_data) if task is None else task
     check_match(model, train_data)
     augment = attribute(train_data, "augmentation") if augment == "default" else augment
     change = augmentation(augment, task.follow)
-    training, held_out = _hold_out(train_data, validation, seed)
+    training, held_out = hold_out(train_data, validation, seed)
     settings = {
         **_identity(model),
         "labels": attribute(train_data, "labels"),
@@ -158,6 +161,7 @@ def fit(
         "precision": precision,
         "augment": augment,
         "seed": seed,
+        **task.settings,
     }
     if checkpoint is not None:
         settings |= {"data": _digest(training), "validation data": held_out and _digest(held_out)}
@@ -330,8 +334,17 @@ def _identity(model: nn.Module) -> dict[str, Any]:
     return {"model": info.name, "configuration": info.configuration}
 
 
-def _hold_out(data: Any, validation: Any, seed: int) -> tuple[Any, Any]:
-    """Training and validation data; ``validation`` is a data set, or the share of ``data`` to split off."""
+def hold_out(data: Any, validation: Any, seed: int) -> tuple[Any, Any]:
+    """Training and validation data.
+
+    Args:
+        data: a data set; samples of one group, if it has ``groups`` [N], stay together.
+        validation: a data set, which is handed back, or the share of ``data`` to split off; 0 for None.
+        seed: chooses which.
+
+    Raises:
+        CompanionError: not a share, or too few samples or groups for it.
+    """
     if not isinstance(validation, int | float):
         return data, validation
     if not 0 <= validation < 1:

@@ -1,7 +1,7 @@
 """What a task adds to the training loop: how samples become a batch, its loss, and its score."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -92,7 +92,7 @@ def _segmentation_batch(samples: list[Any]) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Task:
-    """One row of the table below."""
+    """One row of the table below, or one of your own for `fit`."""
 
     collate: Callable[[list[Any]], tuple[Any, Any]]
     """Samples of the data set → (inputs, targets) of a batch."""
@@ -105,6 +105,8 @@ class Task:
     """Targets, after augmentation has placed the pictures otherwise; None: this task has no augmentation."""
     evaluation_batch: int = 256
     """Samples at a time when no gradients are kept."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Plain values that a resumed run must share with the one it goes on with, such as the weights of a loss."""
 
 
 TASKS = {

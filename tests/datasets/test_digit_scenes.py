@@ -155,12 +155,12 @@ def test_groups_share_no_scan():
 
 
 def test_what_fit_holds_out_shares_no_scan_with_what_it_trains_on():
-    from companion.train.loop import _hold_out
+    from companion.train.loop import hold_out
 
     data = datasets.load("digit_scenes", split="train", scenes=200)
     training, held_out = (
         {scan for i in part.indices for scan in data.scans[data.starts[i] : data.starts[i + 1]].tolist()}
-        for part in _hold_out(data, 0.1, seed=0)
+        for part in hold_out(data, 0.1, seed=0)
     )
     assert training
     assert held_out

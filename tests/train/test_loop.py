@@ -1,5 +1,6 @@
 import math
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from companion import CompanionError, datasets, models, train
 from companion.train.batches import Batches
-from companion.train.loop import WARM_UP, _hold_out, schedule
+from companion.train.loop import WARM_UP, hold_out, schedule
 from companion.train.tasks import TASKS
 
 
@@ -58,6 +59,48 @@ def test_equals_a_loop_written_out_by_hand():
     optimizer.step()
     torch.testing.assert_close(weights(model), weights(reference), rtol=1e-5, atol=1e-6)
     assert history.epochs[0].train_loss == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_another_task_brings_its_own_loss_and_score_for_the_same_data():
+    """Cross-entropy with smoothed labels instead of the plain one, judged by the share of the first class."""
+
+    class First:
+        def __init__(self):
+            self.first = self.total = 0
+
+        def update(self, outputs, targets):
+            self.first += int((outputs.argmax(1) == 0).sum())
+            self.total += len(targets)
+
+        def compute(self):
+            return {"first": self.first / self.total}
+
+    def smooth(network, outputs, targets):
+        return nn.functional.cross_entropy(outputs, targets, label_smoothing=0.5)
+
+    model, reference, data = mlp(), mlp(), blobs(n=16)
+    optimizer = torch.optim.AdamW(reference.parameters(), lr=1e-2, weight_decay=1e-2)
+    task = replace(train.task_of(data), loss=smooth, meter=First)
+    history = fit(model, data, task=task, epochs=1, batch_size=16, lr=1e-2, validation=data)
+    points, labels = data.tensors
+    loss = nn.functional.cross_entropy(reference(points), labels, label_smoothing=0.5)
+    loss.backward()
+    optimizer.step()
+    torch.testing.assert_close(weights(model), weights(reference), rtol=1e-5, atol=1e-6)
+    assert history.epochs[0].train_loss == pytest.approx(loss.item(), rel=1e-5)
+    assert history.score == "first"
+    assert history.epochs[0].validation_score == (model(points).argmax(1) == 0).double().mean().item()
+
+
+def test_a_run_is_not_resumed_with_a_task_of_other_settings(tmp_path):
+    data, path = blobs(), tmp_path / "run.checkpoint"
+    soft, hard = (replace(train.task_of(data), settings={"softness": softness}) for softness in (0.5, 0.1))
+    first, second = mlp(), mlp()
+    fit(first, data, task=soft, checkpoint=path)
+    fit(second, data, task=soft, checkpoint=path, resume=True)
+    assert torch.equal(weights(first), weights(second))
+    with pytest.raises(CompanionError, match=r"its softness is 0\.5, this run's 0\.1"):
+        fit(mlp(), data, task=hard, checkpoint=path, resume=True)
 
 
 def test_learning_rate_warms_up_and_falls_to_zero():
@@ -439,16 +482,16 @@ def test_groups_are_held_out_together_across_parts_and_never_too_many():
             return torch.zeros(3), 0
 
     parts = [Grouped(list("aabbcc")), Grouped(list("aabbccdd"))]
-    training, held_out = _hold_out(torch.utils.data.ConcatDataset(parts), 0.3, seed=0)
+    training, held_out = hold_out(torch.utils.data.ConcatDataset(parts), 0.3, seed=0)
     letters = "aabbccaabbccdd"
     kept, away = ({letters[i] for i in part.indices} for part in (training, held_out))
     assert kept | away == set("abcd")
     assert not kept & away
     assert 2 <= len(held_out) <= 4
     for seed in range(10):
-        assert len(_hold_out(Grouped(["big"] * 36 + ["small"] * 4), 0.1, seed)[1]) == 4
+        assert len(hold_out(Grouped(["big"] * 36 + ["small"] * 4), 0.1, seed)[1]) == 4
     with pytest.raises(CompanionError, match="40 samples of 1 groups are too few"):
-        _hold_out(Grouped(["one"] * 40), 0.1, seed=0)
+        hold_out(Grouped(["one"] * 40), 0.1, seed=0)
 
 
 def test_a_network_of_volumes_trains():
