@@ -10,7 +10,18 @@ from types import ModuleType
 from companion.errors import CompanionError
 
 __version__ = "0.1.0"
-__all__ = ["CompanionError", "__version__", "bench", "compress", "datasets", "engines", "metrics", "models", "plots", "train"]
+__all__ = [
+    "CompanionError",
+    "__version__",
+    "bench",
+    "compress",
+    "datasets",
+    "engines",
+    "metrics",
+    "models",
+    "plots",
+    "train",
+]
 
 ROOMS = ("bench", "compress", "datasets", "engines", "metrics", "models", "plots", "train")
 

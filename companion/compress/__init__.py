@@ -1,0 +1,100 @@
+"""Make a trained network smaller and faster: pruning, quantization, distillation and low rank (2.1.1, 2.1.2)."""
+
+from companion.compress.attention import Attention
+from companion.compress.channels import prune_channels, remove_channels, widths
+from companion.compress.distill import FewLabels, distill, distillation_loss, few_labels, teacher_outputs
+from companion.compress.graph import ChannelGraph, Width, channel_graph
+from companion.compress.importance import score_channels
+from companion.compress.int8 import QuantizedFile, quantize_onnx
+from companion.compress.low_rank import (
+    Factorization,
+    LayerRank,
+    factorization,
+    factorize,
+    factorize_layer,
+    singular_values,
+)
+from companion.compress.masks import (
+    CsrLinear,
+    LayerSparsity,
+    Mask,
+    Sensitivity,
+    Sparsity,
+    cubic_sparsity,
+    make_permanent,
+    prune_gradually,
+    prune_weights,
+    sensitivity,
+    sparsity,
+    to_csr,
+)
+from companion.compress.pipeline import (
+    Compressed,
+    Search,
+    Stage,
+    Step,
+    Target,
+    apply_steps,
+    calibration_batches,
+    parse_steps,
+    parse_target,
+    search,
+)
+from companion.compress.qat import calibrate, freeze, prepare_qat
+from companion.compress.quantization import Grid, dequantize, fake_quantize, observe, quantize, quantize_weights, sqnr
+
+__all__ = [
+    "Attention",
+    "ChannelGraph",
+    "Compressed",
+    "CsrLinear",
+    "Factorization",
+    "FewLabels",
+    "Grid",
+    "LayerRank",
+    "LayerSparsity",
+    "Mask",
+    "QuantizedFile",
+    "Search",
+    "Sensitivity",
+    "Sparsity",
+    "Stage",
+    "Step",
+    "Target",
+    "Width",
+    "apply_steps",
+    "calibrate",
+    "calibration_batches",
+    "channel_graph",
+    "cubic_sparsity",
+    "dequantize",
+    "distill",
+    "distillation_loss",
+    "factorization",
+    "factorize",
+    "factorize_layer",
+    "fake_quantize",
+    "few_labels",
+    "freeze",
+    "make_permanent",
+    "observe",
+    "parse_steps",
+    "parse_target",
+    "prepare_qat",
+    "prune_channels",
+    "prune_gradually",
+    "prune_weights",
+    "quantize",
+    "quantize_onnx",
+    "quantize_weights",
+    "remove_channels",
+    "score_channels",
+    "search",
+    "sensitivity",
+    "singular_values",
+    "sparsity",
+    "sqnr",
+    "teacher_outputs",
+    "to_csr",
+    "widths",
+]
