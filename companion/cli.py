@@ -278,14 +278,18 @@ def compress(
     chosen = None if steps is None else compression.parse_steps(steps)
     wanted = None if target is None else compression.parse_target(target)
     out = out or weights.with_name(f"{weights.stem}-compressed")
+    if out.suffix in (".safetensors", ".onnx"):
+        out = out.with_suffix("")
     written = [out.with_name(f"{out.name}{suffix}") for suffix in (".safetensors", ".onnx")]
+    needed = [weights, *(step.setting for step in chosen or () if isinstance(step.setting, Path))]
     for path in written:
+        if path.resolve() in [each.resolve() for each in needed]:
+            raise CompanionError(f"{path} is read, so it cannot be written: give another --out.")
         files.check_writable(path)
     network = models.load(weights)
-    if data.startswith("folder:"):
-        options: dict[str, Any] = {"size": models.image_size(models.describe(network).name)}
-    else:
-        options = {}
+    info = models.describe(network)
+    size = info.configuration.get("image_size", models.image_size(info.name))
+    options: dict[str, Any] = {"size": size} if data.startswith("folder:") else {}
     _set_threads(threads)
     train_data, test_data = (datasets.load(data, split=split, **options) for split in ("train", "test"))
     settings: dict[str, Any] = {

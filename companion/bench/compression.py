@@ -113,7 +113,7 @@ def _torch_pruning(importance: str, model: nn.Module, seed: int) -> nn.Module:
 
     example = engines.example_for(model)
     wanted = MACS * metrics.count_macs(model, example)
-    samples = [_data("train")[i] for i in range(512)]
+    samples = [_data("train")[i] for i in range(min(512, len(_data("train"))))]
     images, labels = torch.stack([image for image, _ in samples]), torch.tensor([label for _, label in samples])
 
     def pruned(share: float) -> nn.Module:
@@ -140,11 +140,19 @@ def _torch_pruning(importance: str, model: nn.Module, seed: int) -> nn.Module:
     return _tuned(pruned(enough), seed)
 
 
-def _rounded(weight_bits: int, activation_bits: int, model: nn.Module, seed: int, epochs: int = EPOCHS) -> nn.Module:
+def _rounded(weight_bits: int, activation_bits: int, model: nn.Module, seed: int, then: str = "nothing") -> nn.Module:
+    """Weights and activations of few bits, those of the first and the last layer of 8."""
     prepared = compress.prepare_qat(model, weight_bits=weight_bits, activation_bits=activation_bits)
-    batches = compress.calibration_batches(_data("train"), seed=seed)
-    compress.calibrate(prepared, map(torch.from_numpy, batches))
-    return _tuned(prepared, seed, epochs)
+    batches = [torch.from_numpy(batch) for batch in compress.calibration_batches(_data("train"), seed=seed)]
+    compress.calibrate(prepared, batches)
+    if then == "statistics":
+        prepared.train()
+        with torch.no_grad():
+            for batch in batches:
+                prepared(batch)
+    elif then == "training":
+        train.fit(prepared, _data("train"), epochs=EPOCHS, seed=seed, **FIT | {"lr": 1e-3})
+    return prepared
 
 
 METHODS = {
@@ -157,10 +165,13 @@ METHODS = {
     "80 % zeros": _Method(_zeros),
     "low rank, spatial": _Method(_low_rank),
     "int8": _Method(_unchanged, trains=False, int8=True),
-    "2-bit weights, 4-bit activations": _Method(partial(_rounded, 2, 4, epochs=0), trains=False, plain=False),
-    "the same, trained": _Method(partial(_rounded, 2, 4), plain=False),
-    "4-bit weights, 4-bit activations": _Method(partial(_rounded, 4, 4, epochs=0), trains=False, plain=False),
-    "these, trained": _Method(partial(_rounded, 4, 4), plain=False),
+    **{
+        f"{weights}-bit weights, {activations}-bit activations{what}": _Method(
+            partial(_rounded, weights, activations, then=then), trains=then == "training", plain=False
+        )
+        for weights, activations in ((2, 4), (4, 4))
+        for what, then in (("", "nothing"), (", statistics renewed", "statistics"), (", trained", "training"))
+    },
 }
 
 

@@ -46,7 +46,7 @@ class Attention(nn.Module):
         """
         if not replaceable(module):
             raise CompanionError(
-                "attention with kdim, vdim, add_bias_kv or add_zero_attn cannot lose heads: name it in ignore."
+                "attention with kdim, vdim, add_bias_kv or add_zero_attn cannot lose heads: exclude it."
             )
         with torch.device("meta"):  # no weights: they are put in below
             new = cls(

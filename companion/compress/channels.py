@@ -18,8 +18,10 @@ from companion.compress.graph import (
     ChannelGraph,
     attributes,
     channel_graph,
+    layer_of,
     parts,
     tensor_of,
+    traced,
 )
 from companion.compress.importance import Loss, score_channels
 from companion.errors import CompanionError
@@ -45,7 +47,7 @@ def prune_channels(
     round_to: int | None = None,
     data: Iterable[tuple[Any, Any]] | None = None,
     loss: Loss | None = None,
-    ignore: Collection[str] = (),
+    exclude: Collection[str] = (),
     seed: int = 0,
 ) -> nn.Module:
     """A smaller copy of ``model``: its least important channels are gone from every layer that they go through.
@@ -68,7 +70,7 @@ def prune_channels(
             channels multiples of 16, below any number, which is what CPUs with AVX-512 like.
         data: for ``taylor``, batches (inputs, targets).
         loss: for ``taylor``, ``loss(outputs, targets)``; by default that of the network's task, or cross-entropy.
-        ignore: layers, or blocks of them, by dotted name, that keep all their channels.
+        exclude: layers, or blocks of them, by dotted name, that keep all their channels.
         seed: for ``random``.
 
     Returns:
@@ -84,11 +86,11 @@ def prune_channels(
         raise CompanionError(f"scope is {scope!r}: choose one of {', '.join(SCOPES)}.")
     if round_to is not None and (type(round_to) is not int or round_to < 1):
         raise CompanionError(f"round_to is {round_to!r}: give a whole number from 1, or None.")
-    graph = channel_graph(model, example, ignore=ignore)
+    graph = channel_graph(model, example, exclude=exclude)
     if not graph.widths:
         raise CompanionError(
             f"{type(model).__name__} has no channel that can be removed: all go to its output, "
-            "or to layers that are ignored, masked or not understood."
+            "or to layers that are excluded, masked or not understood."
         )
     scores = score_channels(model, graph, importance, data=data, loss=loss, seed=seed)
     plan = _Plan(model, example, graph, round_to)
@@ -106,7 +108,7 @@ def remove_channels(model: nn.Module, graph: ChannelGraph, keep: np.ndarray) -> 
         keep: bool [graph.groups], True for each group that stays.
 
     Raises:
-        CompanionError: ``keep`` has another length, or leaves nothing of a width.
+        CompanionError: ``keep`` has another length, or leaves nothing of a width; or the graph is of another network.
     """
     keep = np.asarray(keep, dtype=bool)
     if keep.shape != (graph.groups,):
@@ -144,7 +146,7 @@ def _share(value: Any, name: str) -> float:
 
 def _cut(model: nn.Module, layer: str, side: str, channels: np.ndarray, total: int) -> None:
     """Leave these channels of one side of a layer, of ``total`` that it has."""
-    module = model.get_submodule(layer)
+    module = layer_of(model, layer, side, total)
     if isinstance(module, nn.MultiheadAttention):
         module = Attention.of(module)
         model.set_submodule(layer, module)
@@ -172,6 +174,7 @@ class _Plan:
 
     def __init__(self, model: nn.Module, example: Any, graph: ChannelGraph, round_to: int | None) -> None:
         self.model, self.example, self.graph = model, example, graph
+        self.trace = str(traced(model)[1])
         self.sizes = np.array([len(width.groups) for width in graph.widths])
         heads = [any(side == "heads" for _, side, _ in width.uses) for width in graph.widths]
         self.allowed = [
@@ -264,7 +267,7 @@ class _Plan:
         return keep
 
     def build(self, keep: np.ndarray) -> nn.Module:
-        """The smaller network, seen to run and to need the MACs that were planned.
+        """The smaller network, seen to run as the whole one does and to need the MACs that were planned.
 
         Raises:
             CompanionError: it does not, so the trace did not show all that the network does.
@@ -272,10 +275,10 @@ class _Plan:
         pruned = remove_channels(self.model, self.graph, keep)
         counts = np.array([keep[list(width.groups)].sum() for width in self.graph.widths])
         planned, found = self.macs(counts), count_complexity(pruned, self.example).macs
-        if not math.isclose(planned, found, rel_tol=1e-6):
+        if str(traced(pruned)[1]) != self.trace or not math.isclose(planned, found, rel_tol=1e-6):
             raise CompanionError(
-                f"{type(self.model).__name__} needs {found} MACs without the channels, not {planned:.0f} as planned: "
-                "its layers depend on each other in a way that its trace does not show."
+                f"{type(self.model).__name__} runs otherwise without the channels (and needs {found} MACs; planned: "
+                f"{planned:.0f}), as if it read the number of channels off a layer: exclude the layer."
             )
         return pruned
 

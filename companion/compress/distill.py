@@ -110,17 +110,20 @@ def distill(
             ``alpha`` below 1, answers that are not finite, a cache of other data or another teacher, or as `fit`.
     """
     for name, value, good, wanted in (
-        ("temperature", temperature, 0 < temperature < math.inf, "a number above 0"),
-        ("alpha", alpha, 0 <= alpha <= 1, "a number from 0 to 1"),
-        ("beta", beta, 0 <= beta < math.inf, "a number from 0"),
+        ("temperature", temperature, lambda x: 0 < x < math.inf, "a number above 0"),
+        ("alpha", alpha, lambda x: 0 <= x <= 1, "a number from 0 to 1"),
+        ("beta", beta, lambda x: 0 <= x < math.inf, "a number from 0"),
     ):
-        if not good:
+        if not (isinstance(value, int | float) and good(value)):
             raise CompanionError(f"{name} is {value}: give {wanted}.")
     if features is not None and not isinstance(cache, bool):
         raise CompanionError("with features the teacher runs in each step: give either features or a file as cache.")
     task = task_of(data)
     if task.meter is not Accuracy:
         raise CompanionError("distillation is for classification: the samples need one class each.")
+    for network in (student, teacher):
+        if not isinstance(network, nn.Module):
+            raise CompanionError(f"a network (torch.nn.Module) is needed, not {type(network).__name__}.")
     device = pick_device(settings.get("device"))
     student, teacher = copy.deepcopy(student).eval(), copy.deepcopy(teacher).eval().requires_grad_(False)
     for network in (student, teacher):
@@ -137,6 +140,9 @@ def distill(
         path = None if cache is True else cache
         tables = [teacher_outputs(teacher, data, path=path, **options)]
         tables += [teacher_outputs(teacher, each, **options) for each in judged]
+        for table in tables:
+            if table.shape[1] != lesson.classes:  # a forged file
+                raise CompanionError(f"{cache} holds answers for {table.shape[1]} classes, not {lesson.classes}.")
         lesson.table = torch.cat(tables)
 
     def loss(_lesson: nn.Module, answers: _Answers, targets: Tensor) -> Tensor:
@@ -245,7 +251,7 @@ def few_labels(data: Any, share: float, *, seed: int = 0) -> FewLabels:
     Raises:
         CompanionError: the share is not from 0 to 1.
     """
-    if not 0 <= share <= 1:
+    if not (isinstance(share, int | float) and 0 <= share <= 1):
         raise CompanionError(f"share is {share}: give the share of the labels to keep, from 0 to 1.")
     members: dict[int, list[int]] = {}
     for i in permutation(len(data), seed):

@@ -18,6 +18,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,39 +148,90 @@ class ChannelGraph:
         return sum(len(width.groups) for width in self.widths)
 
 
-def channel_graph(model: nn.Module, example: Any, *, ignore: Collection[str] = ()) -> ChannelGraph:
+def channel_graph(model: nn.Module, example: Any, *, exclude: Collection[str] = ()) -> ChannelGraph:
     """Find the groups of channels that must be removed as a whole.
 
     Args:
         model: any network that `torch.fx` can trace; it is not changed, and no weight is read.
         example: a tensor, a tuple of the network's arguments, or a dict of them by name. Only shapes matter.
-        ignore: layers, or blocks of them, by dotted name, that keep all their channels.
+        exclude: layers, or blocks of them, by dotted name, that keep all their channels.
 
     Raises:
-        CompanionError: the network cannot be traced or does not run on the example, or ``ignore`` names nothing.
+        CompanionError: the network cannot be traced or does not run on the example, or ``exclude`` names nothing.
     """
     probe.check_example(model, example)
-    twin = probe.on_meta(model).eval()
-    ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
-    for name in ignore:
+    if not isinstance(exclude, Collection):
+        raise CompanionError(f"exclude is {exclude!r}: give the names of layers, or () to leave none alone.")
+    exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+    for name in exclude:
         if not any(_below(layer, name) for layer, _ in model.named_modules()):
-            raise CompanionError(f"the network has no layer {name!r}: ignore takes dotted names of named_modules().")
-    try:
-        graph = _Tracer().trace(twin)
-    except Exception as error:  # whatever the network does with a value that is not there
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(" .:")[: probe.LONGEST]
-        raise CompanionError(
-            f"{type(model).__name__} cannot be traced by torch.fx, so its channels cannot be followed: {reason}."
-        ) from error
-    runner = _Runner(fx.GraphModule(twin, graph))
+            raise CompanionError(f"the network has no layer {name!r} to exclude: give dotted names of named_modules().")
+    twin, graph = traced(model)
+    graphs = [(twin, graph)]
+    if layers_without_trace := _layers(twin) - _called(graph):
+        # Branches that run in training only, as the auxiliary classifiers of GoogLeNet, lose the same channels.
+        with suppress(CompanionError):
+            other = traced(model, training=True)
+            if layers_without_trace & _called(other[1]):
+                graphs.append(other)
+    values: dict[fx.Node, Any] = {}
     with (
         probe.one_sentence(model, example, "on the meta device (shapes, no values)"),
         probe.separate_layers(),
         probe.undrawn(model),
         torch.no_grad(),
     ):
-        runner.run(*probe.copied(_arguments(twin, example), "meta"))
-    return _Follower(twin, graph, runner.values, ignore).follow()
+        for network, graph in graphs:
+            runner = _Runner(fx.GraphModule(network.eval(), graph))
+            runner.run(*probe.copied(_arguments(network, example), "meta"))
+            values |= runner.values
+    return _Follower(twin, [graph for _, graph in graphs], values, exclude).follow()
+
+
+def traced(model: nn.Module, *, training: bool = False) -> tuple[nn.Module, fx.Graph]:
+    """A copy of the network without values (on the meta device), and its trace.
+
+    Raises:
+        CompanionError: `torch.fx` cannot trace it.
+    """
+    twin = probe.on_meta(model).train(training)
+    try:
+        return twin, _Tracer().trace(twin)
+    except Exception as error:  # whatever the network does with a value that is not there
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(" .:")[: probe.LONGEST]
+        raise CompanionError(
+            f"{type(model).__name__} cannot be traced by torch.fx, so its channels cannot be followed: {reason}."
+        ) from error
+
+
+def _layers(model: nn.Module) -> set[str]:
+    """Names of the layers that hold weights."""
+    return {name for name, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))}
+
+
+def _called(graph: fx.Graph) -> set[str]:
+    return {str(node.target) for node in graph.nodes if node.op == "call_module"}
+
+
+def layer_of(model: nn.Module, layer: str, side: str, channels: int) -> nn.Module:
+    """The layer of this name, seen to have so many channels on this side.
+
+    Raises:
+        CompanionError: the graph that says so was made of another network.
+    """
+    try:
+        module = model.get_submodule(layer)
+        fits = all(
+            tensor_of(module, part.name).shape[part.axis] == part.copies * part.size * channels
+            for part in parts(module, side)
+        )
+    except (AttributeError, IndexError):
+        fits = False
+    if not fits:
+        raise CompanionError(
+            f"the graph was made of another network: {layer} is not as it says; make one with channel_graph."
+        )
+    return module
 
 
 def _arguments(model: nn.Module, example: Any) -> tuple[Any, ...]:
@@ -258,13 +310,16 @@ _SPATIAL_LAYERS = (
 
 
 class _Follower:
-    """Goes through the traced network once and labels every value.
+    """Goes through the traced network (if it trains otherwise, through both traces) and labels every value.
 
     A value without labels (None) has channels that always stay.
     """
 
-    def __init__(self, model: nn.Module, graph: fx.Graph, values: dict[fx.Node, Any], ignore: tuple[str, ...]) -> None:
-        self.graph, self.values = graph, values
+    def __init__(
+        self, model: nn.Module, graphs: list[fx.Graph], values: dict[fx.Node, Any], exclude: tuple[str, ...]
+    ) -> None:
+        self.nodes = [node for graph in graphs for node in graph.nodes]
+        self.values = values
         self.modules = dict(model.named_modules())
         self.leader: list[int] = [0]  # of each label, the label that it was declared equal to; 0 is what must stay
         self.seen: dict[tuple[str, str], Labels] = {}
@@ -275,10 +330,10 @@ class _Follower:
             name
             for name, module in self.modules.items()
             if any(used[id(p)] > 1 for p in module.parameters())
-            or any(_below(name, other) for other in ignore)
+            or any(_below(name, other) for other in exclude)
             or not _plain(module)
         }
-        self.fixed |= {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
+        self.fixed |= {str(node.target).rpartition(".")[0] for node in self.nodes if node.op == "get_attr"}
 
     # Labels: a forest in which every label points towards the leader of its group.
 
@@ -312,7 +367,7 @@ class _Follower:
         return before
 
     def follow(self) -> ChannelGraph:
-        for node in self.graph.nodes:
+        for node in self.nodes:
             tensors = any(isinstance(leaf, Tensor) for leaf in tree_leaves(self.values[node]))
             if node.op == "output":
                 self.freeze(self.of(node.args))
@@ -348,12 +403,15 @@ class _Follower:
         source = node.args[0] if node.args else None
         value = self.found[source] if isinstance(source, fx.Node) else None
         if kind in ATTENTION:
+            if not (kind is Attention or replaceable(module)) or self.shows_heads(node):
+                return self.unknown(node)
             self.freeze(self.of((node.args, node.kwargs)))  # what goes in and out stays; the heads are its own
-            if kind is Attention or replaceable(module):
-                heads: Any = module.num_heads
-                self.note(name, "heads", self.fresh(heads))
+            heads: Any = module.num_heads
+            self.note(name, "heads", self.fresh(heads))
             return None
         if not isinstance(source, fx.Node) or len(node.all_input_nodes) > 1:
+            return self.unknown(node)
+        if not isinstance(self.values[node], Tensor):  # a recurrent layer's states, pooling's indices
             return self.unknown(node)
         ndim = len(self.shape(node))
         if kind in CONVOLUTIONS or kind in TRANSPOSED:
@@ -379,6 +437,16 @@ class _Follower:
             return self.reshape(node, source, value)
         return self.unknown(node)
 
+    def shows_heads(self, node: fx.Node) -> bool:
+        """Whether the rest of the network sees the heads of attention: it uses their weights, or masks each apart."""
+        others = [
+            user for user in node.users if not (_name(user) == "getitem" and (user.args[1] == 0 or not user.users))
+        ]
+        weights = self.values[node][1] is not None and bool(others)
+        mask = node.kwargs.get("attn_mask", node.args[5] if len(node.args) > 5 else None)
+        mask = self.values[mask] if isinstance(mask, fx.Node) else mask
+        return weights or (isinstance(mask, Tensor) and mask.dim() == 3)
+
     def made(self, name: str, count: Any, axis: int) -> _Channels:
         labels = self.seen.get((name, "out"))
         return _Channels(self.note(name, "out", self.fresh(count) if labels is None else labels), axis)
@@ -401,7 +469,7 @@ class _Follower:
     def operation(self, node: fx.Node) -> Any:
         name = _name(node)
         source = node.args[0] if node.args else None
-        if name == "cat" or name == "concat":
+        if name in ("cat", "concat", "concatenate"):
             return self.concatenate(node)
         if name in _JOINING:
             return self.joined(node)
@@ -411,6 +479,8 @@ class _Follower:
         others = [n for n in node.all_input_nodes if n is not source and isinstance(self.values[n], Tensor)]
         if not isinstance(value, _Channels) or others:
             return self.unknown(node)
+        if node.target in ("squeeze_", "unsqueeze_", "transpose_"):
+            return self.unknown(node)  # what came before has another shape now
         if name in _EACH:
             return value
         if name in _OVER_SPACE and self.over_space(node, value, name):
@@ -465,7 +535,7 @@ class _Follower:
     def concatenate(self, node: fx.Node) -> Any:
         tensors = list(node.all_input_nodes)
         out = self.shape(node)
-        dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
+        dim = node.kwargs.get("dim", node.kwargs.get("axis", node.args[1] if len(node.args) > 1 else 0))
         known = [self.found[n] for n in tensors]
         axes = {value.axis for value in known if isinstance(value, _Channels)}
         listed = node.args[0] if node.args else node.kwargs.get("tensors")
@@ -504,7 +574,7 @@ class _Follower:
         shape = self.shape(source)
         dims: Any = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
         dims = (dims,) if isinstance(dims, int) else dims
-        if not isinstance(dims, list | tuple) or not all(isinstance(d, int) for d in dims):
+        if not isinstance(dims, list | tuple) or not all(type(d) is int for d in dims):
             return self.unknown(node)  # over everything
         gone = {d % len(shape) for d in dims}
         if value.axis in gone:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from companion.compress.graph import FROZEN, NORMS, ChannelGraph, parts, tensor_of
+from companion.compress.graph import FROZEN, NORMS, ChannelGraph, layer_of, parts, tensor_of
 from companion.errors import CompanionError
 from companion.metrics import probe
 from companion.models import describe
@@ -59,16 +59,18 @@ def score_channels(
         float64 [graph.groups], on the CPU.
 
     Raises:
-        CompanionError: no such criterion, weights or a loss that are not finite, no data for ``taylor``, or no batch
-            normalisation for ``bn_scale``.
+        CompanionError: no such criterion, weights or a loss that are not finite, no data for ``taylor`` or data that
+            the network or the loss cannot take, no batch normalisation for ``bn_scale``, or a graph of another network.
     """
     if importance not in IMPORTANCES:
         raise CompanionError(f"importance is {importance!r}: choose one of {', '.join(IMPORTANCES)}.")
-    for layer, _ in graph.labels:
-        module = model.get_submodule(layer)
+    for (layer, side), labels in graph.labels.items():
+        module = layer_of(model, layer, side, len(labels))
         if not all(bool(parameter.isfinite().all()) for parameter in module.parameters()):
             raise CompanionError(f"the weights of {layer} are not all finite numbers: train the network first.")
     if importance == "random":
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise CompanionError(f"seed is {seed!r}: give a whole number.")
         return torch.rand(graph.groups, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     if importance == "taylor":
         return _taylor(model, graph, data, loss)
@@ -120,7 +122,7 @@ def _bn_scale(model: nn.Module, graph: ChannelGraph) -> Tensor:
 
 
 def _taylor(model: nn.Module, graph: ChannelGraph, data: Iterable[tuple[Any, Any]] | None, loss: Loss | None) -> Tensor:
-    if data is None:
+    if not isinstance(data, Iterable):
         raise CompanionError("taylor needs data: batches (inputs, targets), such as a DataLoader.")
     loss = loss or _loss_of(model)
     twin = copy.deepcopy(model).eval().requires_grad_(True)
@@ -132,7 +134,10 @@ def _taylor(model: nn.Module, graph: ChannelGraph, data: Iterable[tuple[Any, Any
         inputs, targets = probe.copied(tuple(batch))  # networks may overwrite what they take
         twin.zero_grad()
         with torch.enable_grad():
-            value = loss(probe.call(twin, inputs), targets)
+            with probe.one_sentence(model, inputs, "with its loss on the data"):
+                value = loss(probe.call(twin, inputs), targets)
+            if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+                raise CompanionError("the loss must be one number that depends on the weights.")
             if not value.isfinite():
                 raise CompanionError("the loss on the data is not finite: channels cannot be ranked by it.")
             value.backward()

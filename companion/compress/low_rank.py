@@ -147,13 +147,15 @@ def factorize(
         CompanionError: a target that cannot be reached, nothing to split, weights or outputs that are not finite,
             no data for ``pca``, a layer or scheme that does not exist, or a network that does not run.
     """
-    for name, share in (("macs", macs), ("energy", energy)):
-        if share is not None and not (isinstance(share, int | float) and 0 < share <= 1):
+    for name, share in {"macs": macs}.items() if energy is None else {"energy": energy}.items():
+        if not (isinstance(share, int | float) and 0 < share <= 1):
             raise CompanionError(f"{name} is {share}: give a share above 0 and up to 1.")
     if scheme not in SCHEMES:
         raise CompanionError(f"there is no scheme {scheme!r}: choose one of {', '.join(SCHEMES)}.")
     if (data is None) == (scheme == "pca"):
         raise CompanionError("the scheme pca needs data, batches of inputs, and the others take none.")
+    if data is not None:
+        probe.check_batches(data)
     if type(round_to) is not int or round_to < 1:
         raise CompanionError(f"round_to is {round_to!r}: give a whole number from 1.")
     probe.check_example(model, example)
@@ -462,9 +464,6 @@ def _energy_for(choices: list[_Choice], total: int, share: float) -> float:
     return steps[low]
 
 
-_WHY = "convolutions with groups, other classes and minor layers stay whole"
-
-
 def _layers(model: nn.Module, whole: Complexity, scheme: str, exclude: Collection[str]) -> dict[str, Layer]:
     """By name, the layers that the scheme can split, that are worth it and not excluded.
 
@@ -607,8 +606,9 @@ def _single(layer: nn.Module, scheme: str) -> Split:
 
 
 def _like(layer: Layer, parts: nn.Sequential) -> nn.Sequential:
-    """On the layer's device, in its dtype and mode."""
-    return parts.to(layer.weight.device, layer.weight.dtype).train(layer.training)
+    """On the layer's device, in its dtype and mode, and trained if it is."""
+    parts = parts.to(layer.weight.device, layer.weight.dtype).train(layer.training)
+    return parts.requires_grad_(layer.weight.requires_grad)
 
 
 def _check_finite(name: str, layer: nn.Module) -> None:

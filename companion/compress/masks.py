@@ -205,10 +205,9 @@ def prune_gradually(
     weights = _weights(pruned, exclude)
     begin = sum(int((w.value == 0).sum()) for w in weights) / sum(w.value.numel() for w in weights)
     try:
-        steps = epochs * -(-len(data) // batch_size)
+        end = int(RAMP * (epochs * -(-len(data) // batch_size) - 1))
     except (TypeError, ZeroDivisionError):
-        steps = 1  # fit says what is wrong
-    end = int(RAMP * (steps - 1))
+        end = 0  # fit says what is wrong
     stride = max(1, end // TIGHTENINGS)
     step = itertools.count()
 
@@ -253,7 +252,10 @@ def make_permanent(model: nn.Module) -> nn.Module:
         parts = _parametrizations(weight.module)
         if any(len(part) > 1 or not isinstance(part[0], Mask) for part in parts.values()):
             raise CompanionError(f"{weight.name} has another parametrization besides its mask: remove that one first.")
-        values = {tensor: nn.Parameter(getattr(weight.module, tensor).detach()) for tensor in parts}
+        values = {
+            tensor: nn.Parameter(getattr(weight.module, tensor).detach(), part.original.requires_grad)
+            for tensor, part in parts.items()
+        }
         # Not by parametrize.remove_parametrizations: it takes the weight from the class that torch made for this layer,
         # and so from the caller's layer, too, of which this is a copy.
         weight.module.__class__ = type(weight.module).__bases__[0]

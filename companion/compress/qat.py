@@ -16,6 +16,7 @@ from companion.compress.quantization import (
     CHANNEL_AXIS,
     Grid,
     check_bits,
+    check_network,
     check_observer,
     fake_quantize,
     in_layer,
@@ -25,7 +26,7 @@ from companion.compress.quantization import (
 )
 from companion.engines.base import one_sentence as reason_in_one_sentence
 from companion.errors import CompanionError
-from companion.metrics.probe import borrowed, call, one_sentence
+from companion.metrics.probe import borrowed, call, check_batches, one_sentence
 
 KEPT = 2**14  # values of each batch that a range is chosen from, and its extremes
 
@@ -179,6 +180,8 @@ def calibrate(
             the ranges are then what they were before.
     """
     check_observer(observer, percentile)
+    check_network(prepared)
+    check_batches(batches)
     quantizers = dict(_of_activations(prepared))
     if not quantizers:
         raise CompanionError("this network has no activations to calibrate: make it with compress.prepare_qat.")
@@ -226,6 +229,7 @@ def freeze(prepared: nn.Module) -> nn.Module:
     Raises:
         CompanionError: it is no such network.
     """
+    check_network(prepared)
     with reason_in_one_sentence(f"{type(prepared).__name__} cannot be copied"):
         result = copy.deepcopy(prepared)
     layers = [(name, module) for name, module in result.named_modules() if parametrize.is_parametrized(module)]

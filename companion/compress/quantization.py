@@ -121,6 +121,7 @@ def observe(
     if axis is not None and not -x.ndim <= axis < x.ndim:
         raise CompanionError(f"a tensor of shape {tuple(x.shape)} has no dimension {axis}: give another axis.")
     values = x.detach().float()
+    _check_values(values)  # of float64, some may be too large now
     rows = values.reshape(1, -1) if axis is None else values.movedim(axis, 0).reshape(x.shape[axis], -1)
     reach = _percentiles(rows, percentile) if observer == "percentile" else (rows.amin(1), rows.amax(1))
     grid = grid_between(*reach, bits=bits, symmetric=symmetric, axis=0)
@@ -280,9 +281,10 @@ def quantize_weights(
     """A copy of ``model`` whose convolution and linear weights lie on a grid: weight-only quantization.
 
     The arithmetic stays float, so nothing runs faster; this shows what rounding does to the answers. Biases and
-    normalisations stay as they are. A batch normalisation multiplies whole channels, and so does a scale per
-    channel, so it makes no difference whether it is folded first; with one scale per tensor, fold it first
-    (`companion.engines.fusion.fold_batch_norms`), because an engine will.
+    normalisations stay as they are, and so does `nn.MultiheadAttention` (most of a transformer's weights are elsewhere).
+    A batch normalisation multiplies whole channels, and so does a scale per channel, so it makes no difference whether
+    it is folded first; with one scale per tensor, fold it first (`companion.engines.fusion.fold_batch_norms`), because
+    an engine will.
 
     Args:
         model: any network; it is not changed.
@@ -366,9 +368,7 @@ def own_copy(model: nn.Module) -> nn.Module:
     Raises:
         CompanionError: no network, one with lazy layers, one prepared by `prepare_qat`, or one that cannot be copied.
     """
-    if not isinstance(model, nn.Module):
-        raise CompanionError(f"a network (torch.nn.Module) is needed, not {type(model).__name__}.")
-    check_shapes(model)
+    check_network(model)
     if any(parametrize.is_parametrized(module) for module in model.modules()):
         raise CompanionError(
             "some weights of the network are computed from others: make them permanent first "
@@ -376,6 +376,17 @@ def own_copy(model: nn.Module) -> nn.Module:
         )
     with one_sentence(f"{type(model).__name__} cannot be copied"):
         return copy.deepcopy(model)
+
+
+def check_network(model: Any) -> None:
+    """Refuse what is no network, or one with lazy layers.
+
+    Raises:
+        CompanionError: it is.
+    """
+    if not isinstance(model, nn.Module):
+        raise CompanionError(f"a network (torch.nn.Module) is needed, not {type(model).__name__}.")
+    check_shapes(model)
 
 
 def quantizable(model: nn.Module, exclude: Collection[str] = ()) -> Iterator[tuple[str, nn.Module]]:
@@ -434,5 +445,7 @@ def check_observer(observer: Any, percentile: Any) -> None:
 def _check_values(x: Any) -> None:
     if not isinstance(x, Tensor) or x.numel() == 0:
         raise CompanionError("there are no values to quantize: give a tensor with at least one.")
+    if x.is_complex():
+        raise CompanionError("complex numbers have no order and so no grid: quantize their parts.")
     if not bool(x.isfinite().all()):
         raise CompanionError("the tensor holds NaN or infinite values, for which there is no grid.")

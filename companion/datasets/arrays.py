@@ -58,27 +58,46 @@ def in_memory(data: Any) -> ArrayImages:
 
     Args:
         data: of `companion.datasets` or alike: samples (float image [3, H, W] in 0..1, int label), all of one size, and
-            their ``labels``. Its ``name`` and ``augmentation`` are kept.
+            their ``labels``, or a `Subset` of such. Its ``name`` and ``augmentation`` are kept.
 
     Returns:
         ``data`` itself if it is in memory.
 
     Raises:
-        CompanionError: there are no samples, or the images differ in size.
+        CompanionError: there are no samples, they are no such images with a class each (a byte cannot hold a
+            normalised pixel), or they differ in size.
     """
     if isinstance(data, ArrayImages):
         return data
     if len(data) == 0:
         raise CompanionError("there is nothing to read: the data set is empty.")
-    first, _ = data[0]
+    owner = data
+    while not hasattr(owner, "labels") and hasattr(owner, "dataset"):
+        owner = owner.dataset
+    if not hasattr(owner, "labels"):
+        raise CompanionError("the data set has no labels: give one of companion.datasets, or set its class names.")
+    first = _image(data, 0)[0]
     images = np.empty((len(data), *first.shape), np.uint8)
     targets = np.empty(len(data), np.int64)
     for i in range(len(data)):
-        image, targets[i] = data[i]
+        image, targets[i] = _image(data, i)
         if image.shape != first.shape:
             raise CompanionError(
                 f"image {i} is {list(image.shape)}, the first {list(first.shape)}: give them one size."
             )
         images[i] = (255 * image).round().byte().numpy()
-    name, augmentation = getattr(data, "name", type(data).__name__), getattr(data, "augmentation", None)
-    return ArrayImages(name, images, targets, tuple(data.labels), augmentation=augmentation)
+    name, augmentation = getattr(owner, "name", type(owner).__name__), getattr(owner, "augmentation", None)
+    return ArrayImages(name, images, targets, tuple(owner.labels), augmentation=augmentation)
+
+
+def _image(data: Any, i: int) -> tuple[Tensor, int]:
+    """A sample whose image a byte a pixel can hold."""
+    image, target = data[i]
+    if not (isinstance(image, Tensor) and image.is_floating_point() and image.dim() == 3):
+        raise CompanionError(f"sample {i} has no float image [3, H, W].")
+    if not bool(((image >= 0) & (image <= 1)).all()):
+        raise CompanionError(f"image {i} has values outside 0..1: give images that are not normalised.")
+    try:
+        return image, int(target)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise CompanionError(f"sample {i} has no class, a whole number, as its label.") from error

@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,6 +31,21 @@ def check_example(model: nn.Module, example: Any) -> None:
     if all(tensor.numel() == 0 for tensor in tensors):
         raise CompanionError("the example is empty: give at least one sample.")
     check_shapes(model)
+
+
+def check_batches(batches: Any) -> None:
+    """Refuse what does not give batches one after another; a single batch would be taken for many.
+
+    Raises:
+        CompanionError: it is one batch, or nothing of the kind.
+    """
+    try:
+        iter(batches)
+        alone = isinstance(batches, Tensor | Mapping | str)
+    except TypeError:
+        alone = True
+    if alone:
+        raise CompanionError(f"the data must be a list of batches, or a loader of them, not {type(batches).__name__}.")
 
 
 def check_shapes(model: nn.Module) -> None:

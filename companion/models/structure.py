@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from companion.errors import CompanionError
 
@@ -33,6 +34,9 @@ KINDS = {
     "Identity": _Kind(nn.Identity, ()),
 }
 """Layers that a file can hold in place of another; besides these, a Sequential of them."""
+
+_DIRECTIONS = {"kernel_size": 1, "stride": 1, "dilation": 1, "padding": 0, "output_padding": 0}
+"""Arguments of convolutions with one whole number for each direction, and the least that these can be."""
 
 Specification = dict[str, Any]
 
@@ -68,7 +72,13 @@ def build(found: Specification) -> nn.Module:
         return layers
     if arguments.keys() != set(KINDS[name].arguments):
         raise ValueError(f"a {name} has other arguments")
-    return KINDS[name].build(**{k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()})
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}
+    for key in values.keys() & _DIRECTIONS.keys():  # torch takes some of these, and fails when the layer computes
+        value, least = values[key], _DIRECTIONS[key]
+        pair = isinstance(value, tuple) and len(value) == 2 and all(type(x) is int and x >= least for x in value)
+        if not pair and not (key == "padding" and value in ("same", "valid")):
+            raise ValueError(f"its {key} is {value!r}")
+    return KINDS[name].build(**values)
 
 
 def changed_layers(model: nn.Module, plain: nn.Module) -> dict[str, Specification]:
@@ -80,6 +90,11 @@ def changed_layers(model: nn.Module, plain: nn.Module) -> dict[str, Specificatio
     changed: dict[str, Specification] = {}
 
     def compare(path: str, module: nn.Module, other: nn.Module) -> None:
+        if parametrize.is_parametrized(module):
+            raise CompanionError(
+                f"the weight of {path or type(model).__name__} is computed from others: make it permanent first "
+                "(compress.make_permanent after pruning, compress.freeze after prepare_qat)."
+            )
         mine = specification(module)
         if mine is not None and mine == specification(other):
             return
@@ -90,7 +105,7 @@ def changed_layers(model: nn.Module, plain: nn.Module) -> dict[str, Specificatio
                 compare(f"{path}.{name}".lstrip("."), child, others[name])
         elif mine is not None and path:
             changed[path] = mine
-        elif not same or children or _shapes(module) != _shapes(other):
+        elif not same or children or _shapes(module) != _shapes(other) or module.extra_repr() != other.extra_repr():
             raise CompanionError(
                 f"the layer {path or type(model).__name__} ({type(module).__name__}) cannot be written to a file: "
                 f"only {', '.join(KINDS)} and Sequential can differ from the network as it was made."
@@ -122,14 +137,27 @@ def replace_layers(model: nn.Module, layers: Mapping[str, Specification]) -> Non
             raise CompanionError(f"the layer {path!r} cannot be built as the file says: {reason}.") from error
 
 
-def check_runs(model: nn.Module, size: int) -> None:
-    """Run a network on the meta device, where nothing is computed, on images of ``size`` × ``size`` pixels.
+def check_runs(model: nn.Module, size: int) -> int:
+    """Run a network on the meta device, where nothing is computed, on an image of ``size`` × ``size`` pixels.
+
+    Returns:
+        How many numbers the layer that gives the most gives.
 
     Raises:
         CompanionError: its layers do not go together.
     """
+    given = [0]
+
+    def look(_layer: nn.Module, _inputs: Any, output: Any) -> None:
+        given.append(output.numel() if isinstance(output, Tensor) else 0)
+
+    handles = [module.register_forward_hook(look) for module in model.modules()]
     try:
         with torch.no_grad():
             model.eval()(torch.empty(1, 3, size, size, device="meta"))
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+    except (RuntimeError, ValueError, TypeError, IndexError, ArithmeticError) as error:
         raise CompanionError(f"its layers do not go together: {str(error).partition(chr(10))[0]}.") from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    return max(given)

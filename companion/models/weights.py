@@ -18,6 +18,9 @@ from companion.models.registry import ModelInfo, attach, create, describe, image
 from companion.models.structure import changed_layers, check_runs, replace_layers
 
 FORMAT = "companion-1"
+GROWTH = 16
+"""So many times what the largest layer of the network as made gives, no layer of a compressed one can give: a forged
+padding could ask for any memory."""
 
 
 def save(
@@ -84,9 +87,12 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
         raise CompanionError(f"{path} says that {info.name} is for the task {info.task!r}, which it is not.")
     if layers:
         try:
+            size = info.configuration.get("image_size", image_size(info.name))
+            most = GROWTH * check_runs(model, size)
             with torch.device("meta"):
                 replace_layers(model, layers)
-            check_runs(model, info.configuration.get("image_size", image_size(info.name)))
+            if check_runs(model, size) > most:
+                raise CompanionError(f"one of its layers would give more than {most:,} numbers for one image.")
         except CompanionError as error:
             raise CompanionError(f"{path} does not fit {info.name}: {error}") from error
     _check_fit(path, info.name, model.state_dict(), state)

@@ -89,8 +89,23 @@ def test_a_target_that_nothing_meets(weights, tmp_path, capsys, monkeypatch):
 )
 def test_wrong_input_is_one_sentence(weights, tmp_path, capsys, monkeypatch, arguments, says):
     monkeypatch.chdir(tmp_path)
-    code, out, err = call(capsys, "compress", weights, *arguments, *OPTIONS)
+    code, _, err = call(capsys, "compress", weights, *arguments, *OPTIONS)
     assert code in (1, 2)
     assert says in err
     assert err.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_read_is_never_written_over(weights, tmp_path, monkeypatch, capsys):
+    before = weights.read_bytes()
+    monkeypatch.chdir(weights.parent)
+    for out in (weights.with_suffix(""), weights, "net", "../" + weights.parent.name + "/net.onnx"):
+        code, _, err = call(capsys, "compress", weights, "--steps", "prune=0.5", "--out", out, *OPTIONS)
+        assert code == 1
+        assert "is read, so it cannot be written" in err
+    monkeypatch.chdir(tmp_path)
+    student = tmp_path / "student.safetensors"
+    student.write_bytes(before)
+    steps = ("--steps", f"distill={weights}", "--out", weights.with_suffix(""))
+    assert call(capsys, "compress", student, *steps, *OPTIONS)[0] == 1
+    assert weights.read_bytes() == before

@@ -33,7 +33,8 @@ def torchvision_network(name, *, full=False):
         if name == "vgg11_bn":  # 7×7 pixels of 512 channels flattened, but not 4096 hidden units
             network.classifier[0], network.classifier[3] = nn.Linear(512 * 49, 96), nn.Linear(96, 64)
             network.classifier[6] = nn.Linear(64, 10)
-        return lively(network), 64
+        side = 32 if name in ("resnet50", "densenet121") else 64
+        return lively(network, side), side
 
 
 def images(side, count=2):

@@ -241,9 +241,9 @@ def test_mode_gradients_and_layout_carry_over():
     assert len(list(pruned.parameters())) == len(list(network.parameters()))
 
 
-def test_ignored_layers_keep_their_shape():
+def test_excluded_layers_keep_their_shape():
     network = models.create("cifar_resnet14", seed=0)
-    pruned = prune_channels(network, images(32), 0.8, ignore=["layer1", "layer2.0.conv1"])
+    pruned = prune_channels(network, images(32), 0.8, exclude=["layer1", "layer2.0.conv1"])
     for name, layer in network.named_modules():
         if name.startswith("layer1.") or name == "layer2.0.conv1":
             assert repr(pruned.get_submodule(name)) == repr(layer)
@@ -334,11 +334,11 @@ def test_other_bad_input_is_refused_in_one_sentence():
         with pytest.raises(CompanionError, match="round_to is"):
             prune_channels(network, X, round_to=round_to)
     with pytest.raises(CompanionError, match="no layer 'last'"):
-        prune_channels(network, X, ignore="last")
+        prune_channels(network, X, exclude="last")
     with pytest.raises(CompanionError, match="has no channel that can be removed"):
         prune_channels(nn.Sequential(nn.Conv2d(3, 4, 1)), X)
     with pytest.raises(CompanionError, match="has no channel that can be removed"):
-        prune_channels(network, X, ignore=["0"])
+        prune_channels(network, X, exclude=["0"])
     graph = channel_graph(network, X)
     with pytest.raises(CompanionError, match="all channels of 0 would be removed"):
         remove_channels(network, graph, np.zeros(8))
@@ -350,17 +350,59 @@ def test_other_bad_input_is_refused_in_one_sentence():
 
 
 class Hidden(nn.Module):
-    """Works with a number of channels that its trace does not show."""
+    """Works with a number of channels that its trace shows as a plain number, or not at all."""
 
-    def __init__(self):
+    def __init__(self, use):
         super().__init__()
-        self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+        self.a, self.b, self.c = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 1)
+        self.use = use
 
     def forward(self, x):
-        x = self.a(x)
-        return self.b(x) * 2 if x.shape[1] == 8 else self.a(self.b(x))
+        return self.c(self.use(self, self.a(x)))
 
 
-def test_a_network_that_runs_otherwise_than_its_trace_is_refused():
-    with pytest.raises(CompanionError, match=r"Hidden cannot (run|be traced)"):
-        prune_channels(Hidden(), X)
+def repeated(network, x):
+    for _ in range(network.a.out_channels // 4):
+        x = network.b(x)
+    return x
+
+
+@pytest.mark.parametrize("use", [repeated, lambda network, x: network.b(x) / network.a.out_channels])
+def test_a_network_that_runs_otherwise_than_its_trace_is_refused(use):
+    with pytest.raises(CompanionError, match=r"^Hidden runs otherwise without the channels .* exclude the layer\.$"):
+        prune_channels(Hidden(use), X)
+
+
+def test_the_layer_whose_channels_are_counted_can_be_excluded():
+    network = Hidden(lambda network, x: network.b(x) / network.a.out_channels)
+    pruned = prune_channels(network, X, 0.7, exclude="a")
+    assert (pruned.a.out_channels, pruned.b.in_channels) == (8, 8)
+    assert pruned.b.out_channels == pruned.c.in_channels < 8
+
+
+def test_a_branch_of_training_alone_loses_the_same_channels():
+    class Auxiliary(nn.Module):
+        """As GoogLeNet: a second classifier that evaluation does not run."""
+
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.extra = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1), nn.Conv2d(8, 5, 1)
+
+        def forward(self, x):
+            x = self.a(x)
+            return (self.b(x), self.extra(x)) if self.training else self.b(x)
+
+    pruned = prune_channels(Auxiliary(), X, 0.5)
+    assert pruned.extra.weight.shape == (5, 4, 1, 1)
+    assert [tuple(out.shape) for out in pruned.train()(X)] == [(2, 4, 8, 8), (2, 5, 8, 8)]
+
+
+def test_the_graph_of_another_network_is_refused():
+    network = chain()
+    graph = channel_graph(network, X)
+    pruned = prune_channels(network, X, 0.5)
+    for other in (pruned, nn.ReLU()):
+        with pytest.raises(CompanionError, match="the graph was made of another network: 0 is not as it says"):
+            remove_channels(other, graph, np.arange(8) < 2)
+        with pytest.raises(CompanionError, match="the graph was made of another network"):
+            score_channels(other, graph)

@@ -135,8 +135,9 @@ def test_what_is_fixed_or_mixed_stays(forward):
         lambda n, x: n.b(n.a(x) @ n.a(x)),
         lambda n, x: n.b(torch.softmax(n.a(x), 1)),
         lambda n, x: n.b(torch.clamp(n.a(x), max=x.mean())),
+        lambda n, x: n.b(n.a(x).unsqueeze_(0).squeeze_(0)),
     ],
-    ids=["count", "pad", "view", "pool", "product", "softmax", "clamp"],
+    ids=["count", "pad", "view", "pool", "product", "softmax", "clamp", "in place"],
 )
 def test_what_depends_on_other_channels_or_their_number_stays(forward):
     assert graph_of(forward, a=conv(3, 8), b=conv(8, 2)).widths == ()
@@ -194,6 +195,43 @@ def test_squeeze_and_excitation_scales_each_channel():
     assert {("a", "out"), ("squeeze", "in"), ("excite", "out"), ("b", "in")} in found
     assert {("squeeze", "out"), ("excite", "in")} in found
     assert len(found) == 2
+
+
+@pytest.mark.parametrize("name", ["cat", "concat", "concatenate"])
+@pytest.mark.parametrize("dim", [{"dim": 1}, {"axis": 1}])
+def test_a_concatenation_has_many_names(name, dim):
+    def forward(n, x):
+        return n.c(getattr(torch, name)([n.a(x), n.b(x)], **dim))
+
+    graph = graph_of(forward, a=conv(3, 4), b=conv(3, 4), c=conv(8, 2))
+    assert group_of(graph, "c", "in") == [0, 1, 2, 3, 4, 5, 6, 7]
+
+
+def test_layers_that_answer_with_several_values_keep_their_channels():
+    graph = graph_of(
+        lambda n, x: n.b(n.pool(n.a(x))[0]), a=conv(3, 4), pool=nn.MaxPool2d(2, return_indices=True), b=conv(4, 2)
+    )
+    assert graph.widths == ()
+    layers = {"a": nn.Linear(3, 4), "lstm": nn.LSTM(4, 5), "b": nn.Linear(5, 6), "c": nn.Linear(6, 2)}
+    graph = graph_of(lambda n, x: n.c(n.b(n.lstm(n.a(x))[0])), torch.zeros(7, 2, 3), **layers)
+    assert uses(graph) == [{("b", "out"), ("c", "in")}]
+
+
+def test_heads_that_the_network_looks_at_stay():
+    x = torch.zeros(5, 2, 8)
+
+    def heads(forward):
+        return channel_graph(Network(forward, a=nn.MultiheadAttention(8, 2)), x).groups
+
+    def unused(n, x):
+        out, _ = n.a(x, x, x)
+        return out
+
+    assert heads(unused) == heads(lambda n, x: n.a(x, x, x)[0]) == 2
+    assert heads(lambda n, x: n.a(x, x, x, need_weights=False)) == 2
+    assert heads(lambda n, x: n.a(x, x, x)) == heads(lambda n, x: n.a(x, x, x)[1] * 2) == 0
+    assert heads(lambda n, x: n.a(x, x, x, attn_mask=x.new_zeros(4, 5, 5))[0]) == 0  # one mask for each head
+    assert heads(lambda n, x: n.a(x, x, x, attn_mask=x.new_zeros(5, 5))[0]) == 2
 
 
 def test_one_map_for_all_channels_joins_nothing():
@@ -282,10 +320,10 @@ def test_a_dict_and_a_tuple_are_arguments():
     assert uses(channel_graph(Two(), {"right": right, "left": left})) == expected
 
 
-def test_ignored_layers_keep_their_channels():
+def test_excluded_layers_keep_their_channels():
     network = models.create("cifar_resnet14", seed=0)
     x = torch.zeros(1, 3, 32, 32)
-    names = [width.name for width in channel_graph(network, x, ignore=("layer2", "fc")).widths]
+    names = [width.name for width in channel_graph(network, x, exclude=("layer2", "fc")).widths]
     assert names == ["layer1.0.conv1", "layer1.1.conv1", "layer3.0.conv1", "layer3.1.conv1"]
 
 
@@ -357,8 +395,11 @@ def test_what_cannot_be_followed_is_refused_in_one_sentence():
         channel_graph(network, torch.zeros(1, 5, 32, 32))
     with pytest.raises(CompanionError, match="cannot run"):
         channel_graph(network, (x, x))
+    for wrong in (5, None):
+        with pytest.raises(CompanionError, match=r"^exclude is "):
+            channel_graph(network, torch.zeros(1, 3, 32, 32), exclude=wrong)
     with pytest.raises(CompanionError, match="no layer 'conv'"):
-        channel_graph(network, torch.zeros(1, 3, 32, 32), ignore=["conv"])
+        channel_graph(network, torch.zeros(1, 3, 32, 32), exclude=["conv"])
     with pytest.raises(CompanionError, match="needed, not function"):
         channel_graph(lambda x: x, x)
     with pytest.raises(CompanionError, match="without a tensor"):

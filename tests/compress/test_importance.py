@@ -138,6 +138,17 @@ def test_bad_input_is_refused_in_one_sentence():
         scores("taylor", data=[])
     with pytest.raises(CompanionError, match="must be a pair"):
         scores("taylor", data=[X])
+    with pytest.raises(CompanionError, match="taylor needs data: batches"):
+        scores("taylor", data=5)
+    with pytest.raises(
+        CompanionError, match=r"^Sequential cannot run with its loss on the data .* must be Tensor, not int\.$"
+    ):
+        scores("taylor", data=[(X, 1)])
+    for loss in (lambda outputs, _: outputs.flatten().repeat(2), lambda outputs, _: 1.0):
+        with pytest.raises(CompanionError, match="the loss must be one number"):
+            scores("taylor", data=[(X, X)], loss=loss)
+    with pytest.raises(CompanionError, match="seed is 'x': give a whole number"):
+        scores("random", seed="x")
     with pytest.raises(CompanionError, match="loss on the data is not finite"):
         scores("taylor", data=[(X, X)], loss=lambda outputs, _: outputs.sum() * torch.nan)
     network[4].weight.data[0, 0] = torch.nan

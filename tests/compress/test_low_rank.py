@@ -491,6 +491,9 @@ REFUSED = {
     "scheme": (lambda: compress.factorize(SMALL, IMAGE, scheme="cp"), "no scheme 'cp'"),
     "pca without data": (lambda: compress.factorize(SMALL, IMAGE, scheme="pca"), "pca needs data"),
     "data without pca": (lambda: compress.factorize(SMALL, IMAGE, data=[IMAGE]), "the others take none"),
+    "pca of one batch": (lambda: compress.factorize(SMALL, IMAGE, scheme="pca", data=IMAGE), "a list of batches"),
+    "pca of no batches": (lambda: compress.factorize(SMALL, IMAGE, scheme="pca", data=3), "a list of batches"),
+    "no target": (lambda: compress.factorize(SMALL, IMAGE, None), "macs is None"),
     "pca of nothing": (lambda: compress.factorize(SMALL, IMAGE, scheme="pca", data=[]), "no data to take"),
     "pca of nan": (
         lambda: compress.factorize(SMALL, IMAGE, scheme="pca", data=[IMAGE * torch.nan]),
@@ -526,3 +529,8 @@ def test_refused_in_one_sentence(case):
     said = str(caught.value)
     assert said.endswith(".")
     assert "\n" not in said
+
+
+def test_frozen_layers_stay_frozen():
+    model = copy.deepcopy(SMALL).requires_grad_(False)
+    assert not any(p.requires_grad for p in compress.factorize(model, IMAGE, 0.7, round_to=1).parameters())

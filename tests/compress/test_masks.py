@@ -411,3 +411,10 @@ def test_another_parametrization_is_not_lost():
     assert compress.sparsity(pruned).total.zeros == 4
     with pytest.raises(CompanionError, match="another parametrization"):
         compress.make_permanent(pruned)
+
+
+def test_frozen_weights_stay_frozen():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[0].requires_grad_(False)
+    plain = compress.make_permanent(compress.prune_weights(model, 0.5))
+    assert [p.requires_grad for p in plain.parameters()] == [False, False, True, True]

@@ -83,7 +83,8 @@ def test_what_was_trained_again_is_judged_before_that_too(whole):
     assert [stage.untrained for stage in (start, distill, quantize)] == [None] * 3
     assert prune.untrained < prune.score  # training mends what removing 40 % broke
     assert min(stage.score for stage in whole[1].stages) > 0.8
-    assert sparsify.untrained is not None and low_rank.untrained is not None
+    assert sparsify.untrained is not None
+    assert low_rank.untrained is not None
 
 
 def test_all_latencies_are_against_the_start(whole):
@@ -141,6 +142,7 @@ def test_steps_that_cannot_be(text, says):
         ("points=-1", "points takes points from 0 to 100"),
         ("points=nan", "points takes points from 0 to 100"),
         ("points", "points takes points from 0 to 100"),
+        ("latency=0.5,latency=0.7", "latency is there twice"),
     ],
 )
 def test_targets_that_cannot_be(text, says):
@@ -195,3 +197,46 @@ def test_calibration_batches_are_drawn_without_repetition(digits):
     batches = list(pipeline.calibration_batches(digits["test"], batches=3, batch_size=5, seed=1))
     assert [batch.shape for batch in batches] == [(5, 3, 32, 32)] * 3
     assert len({image.tobytes() for batch in batches for image in batch}) == 15
+
+
+@pytest.mark.parametrize(
+    ("steps", "says"),
+    [
+        (["prune=0.5"], "'prune=0.5' is no step"),
+        ([Step("shrink", 0.5)], "no step 'shrink'"),
+        ([Step("prune", 2.0)], "prune takes a share between 0 and 1"),
+        ([Step("quantize", "int4")], "quantize takes int8, not 'int4'"),
+        ([], "there is no step"),
+        (None, "there is no step"),
+    ],
+)
+def test_steps_that_were_not_read_are_checked_too(network, digits, steps, says):
+    with pytest.raises(CompanionError, match=says):
+        compress.apply_steps(network, steps, digits["train"], digits["test"], **QUICK)
+
+
+def test_a_teacher_is_looked_at_before_anything_is_trained(network, digits, tmp_path):
+    models.save(models.create("simple_cnn", classes=3), tmp_path / "other.safetensors")
+    stages = []
+    for name, says in (("missing", "there is no weights file"), ("other", "3 classes")):
+        with pytest.raises(CompanionError, match=says):
+            compress.apply_steps(
+                network,
+                f"prune=0.5,distill={tmp_path / name}.safetensors",
+                digits["train"],
+                digits["test"],
+                on_stage=stages.append,
+                **QUICK,
+            )
+    assert not stages
+
+
+def test_a_search_goes_on_without_the_steps_that_cannot_be_done(network, digits, monkeypatch):
+    monkeypatch.setattr(pipeline, "GRID", ("", "prune=0.0001", "low_rank=0.9"))
+    few = Subset(digits["train"], range(200))
+    found = compress.search(network, Target(points=100), few, **QUICK)
+    assert {steps for steps, _ in found.tried} == {"", "quantize=int8", "low_rank=0.9", "low_rank=0.9,quantize=int8"}
+    assert [steps for steps, _ in found.refused] == ["prune=0.0001"]
+    assert str(found).splitlines()[-1].startswith("prune=0.0001 was left out: ")
+    with pytest.raises(CompanionError, match="lr"):
+        compress.search(network, Target(points=100), few, lr=-1.0, **QUICK)

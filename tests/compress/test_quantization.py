@@ -424,3 +424,15 @@ def test_without_torchao_one_sentence_says_so(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torchao", None)
     with pytest.raises(CompanionError, match="pip install torchao"):
         compress.quantize_weights(net(), backend="torchao")
+
+
+@pytest.mark.parametrize(
+    ("x", "says"),
+    [
+        (torch.tensor([1e300], dtype=torch.float64), "NaN or infinite"),  # no scale in float32 reaches it
+        (torch.tensor([1 + 1j]), "complex"),
+    ],
+)
+def test_numbers_without_a_grid(x, says):
+    with pytest.raises(CompanionError, match=says):
+        compress.observe(x)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from companion import CompanionError, datasets
 
@@ -45,3 +45,42 @@ def test_images_of_one_size_only():
         datasets.in_memory(Sizes(4, 5))
     with pytest.raises(CompanionError, match="empty"):
         datasets.in_memory(Sizes())
+
+
+class Pairs(Dataset):
+    """Two samples (image, label)."""
+
+    def __init__(self, image, label=0, **said):
+        self.sample = image, label
+        self.__dict__.update(said)
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, _):
+        return self.sample
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (Pairs(torch.full((3, 4, 4), -0.1), labels=("a",)), "image 0 has values outside 0..1"),
+        (Pairs(torch.full((3, 4, 4), 1.1), labels=("a",)), "image 0 has values outside 0..1"),
+        (Pairs(torch.full((3, 4, 4), torch.nan), labels=("a",)), "image 0 has values outside 0..1"),
+        (Pairs(torch.full((3, 4, 4), 200, dtype=torch.uint8), labels=("a",)), "no float image"),
+        (Pairs([[0.5]], labels=("a",)), "no float image"),
+        (Pairs(torch.zeros(3, 4, 4), torch.zeros(4, 4), labels=("a",)), "sample 0 has no class"),
+        (Pairs(torch.zeros(3, 4, 4), None, labels=("a",)), "sample 0 has no class"),
+        (Pairs(torch.zeros(3, 4, 4)), "the data set has no labels"),
+    ],
+)
+def test_what_bytes_cannot_hold_is_refused(data, says):
+    with pytest.raises(CompanionError, match=says):
+        datasets.in_memory(data)
+
+
+def test_a_part_of_a_data_set_has_the_labels_of_the_whole():
+    whole = Pairs(torch.ones(3, 4, 4), 1, labels=("a", "b"), name="ones", augmentation="shift")
+    part = datasets.in_memory(Subset(Subset(whole, [0, 1]), [1]))
+    assert (len(part), part.labels, part.name, part.augmentation) == (1, ("a", "b"), "ones", "shift")
+    assert part[0][1] == 1

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from companion import CompanionError, models
+from companion import CompanionError, compress, models
 
 
 def narrowed():
@@ -96,6 +96,13 @@ CONV |= {"padding": [1, 1], "dilation": [1, 1], "groups": 1, "bias": False, "pad
         ({"layer1.0.conv1": CONV | {"out_channels": 2**62}}, "cannot be built"),
         ({"layer1.0.conv1": CONV}, "layers do not go together"),
         ({"layer1.0.conv1": {"kind": "Sequential", "layers": [["a.b", CONV]]}}, "cannot be built"),
+        ({"layer1.0.conv1": CONV | {"stride": [0, 0]}}, "its stride is"),
+        ({"layer1.0.conv1": CONV | {"stride": [1]}}, "its stride is"),
+        ({"layer1.0.conv1": CONV | {"dilation": [0, 0]}}, "its dilation is"),
+        ({"layer1.0.conv1": CONV | {"padding": [-1, -1]}}, "its padding is"),
+        ({"layer1.0.conv1": CONV | {"kernel_size": 3}}, "its kernel_size is"),
+        ({"layer1.0.conv1": CONV | {"padding": "none"}}, "its padding is"),
+        ({"layer1.0.conv2": CONV | {"in_channels": 5, "out_channels": 16, "padding": [10**6, 10**6]}}, "do not go"),
     ],
 )
 def test_forged_layers(path, layers, says):
@@ -104,3 +111,40 @@ def test_forged_layers(path, layers, says):
     with pytest.raises(CompanionError, match=says) as caught:
         models.load(path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_forged_padding_cannot_ask_for_any_memory(tmp_path):
+    model = models.create("cifar_resnet14")
+    models.save(model, tmp_path / "net.safetensors")
+    conv = CONV | {"in_channels": 3, "out_channels": 16, "padding": [1000, 1000]}
+    metadata = {"companion-1": json.dumps(header(tmp_path / "net.safetensors") | {"layers": {"conv1": conv}})}
+    save_file(load_file(tmp_path / "net.safetensors"), tmp_path / "net.safetensors", metadata)
+    with pytest.raises(CompanionError, match="more than 262,144 numbers for one image"):  # 16 · 16 · 32 · 32
+        models.load(tmp_path / "net.safetensors")
+
+
+def test_a_word_as_padding_comes_back(tmp_path):
+    model = narrowed()
+    model.layer1[1].conv1 = nn.Conv2d(16, 16, 3, padding="same", bias=False)
+    models.save(model, tmp_path / "net.safetensors")
+    images = torch.rand(2, 3, 32, 32)
+    assert torch.equal(models.load(tmp_path / "net.safetensors")(images), model.eval()(images))
+
+
+@pytest.mark.parametrize("changed", ["masks", "grids"])
+def test_weights_that_are_computed_are_refused_with_what_to_do(tmp_path, changed):
+    model = narrowed()
+    model = compress.prune_weights(model, 0.5) if changed == "masks" else compress.prepare_qat(model)
+    with pytest.raises(CompanionError, match=r"make it permanent first \(compress\.make_permanent .* compress\.freeze"):
+        models.save(model, tmp_path / "net.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_layer_of_the_same_class_with_other_settings_is_no_equal():
+    from companion.models.structure import changed_layers
+
+    with pytest.raises(CompanionError, match="the layer 1 \\(LeakyReLU\\) cannot be written"):
+        changed_layers(
+            nn.Sequential(nn.Flatten(), nn.LeakyReLU(0.1), nn.Hardtanh()),
+            nn.Sequential(nn.Flatten(), nn.LeakyReLU(0.2), nn.Hardtanh()),
+        )
