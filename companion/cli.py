@@ -315,7 +315,7 @@ def compress(
         print(json_module.dumps(found.to_json(), allow_nan=False))
         return
     print(found)
-    print(f"written to {written[0]} (before quantization) and {written[1]}")
+    print(f"written to {written[0]} (before quantisation) and {written[1]}")
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Make a trained network smaller and faster: pruning, quantization, distillation and low rank (2.1.1, 2.1.2)."""
+"""Make a trained network smaller and faster: pruning, quantisation, distillation and low rank (2.1.1, 2.1.2)."""
 
 from companion.compress.attention import Attention
 from companion.compress.channels import prune_channels, remove_channels, widths

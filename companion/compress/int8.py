@@ -1,4 +1,4 @@
-"""ONNX files that compute in 8-bit integers: quantization for use (2.1.2)."""
+"""ONNX files that compute in 8-bit integers: quantisation for use (2.1.2)."""
 
 import io
 import logging

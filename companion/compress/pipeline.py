@@ -29,7 +29,7 @@ from companion.metrics.latency import Ratio
 from companion.train.evaluation import check_match
 
 ROUND = 8
-"""Pruned widths are multiples of it where the target can be reached so: ONNX Runtime computes 8 or 16 channels at a time.
+"""Pruned widths are multiples of it where the target can be reached so: ONNX Runtime computes 8 or 16 channels at once.
 At half the MACs a cifar_resnet20 takes 0.66 of the time with such widths, 0.88 with any. Multiples of 16 would take
 0.52, but leave a narrow network too little choice: cifar_resnet14 at half the MACs, trained for an epoch, kept 84 % of
 the hard digits instead of 98."""
@@ -48,7 +48,7 @@ class Stage:
     untrained: float | None
     """The same right after the step, before it was trained again; None where nothing is trained or there is none."""
     macs: int
-    """For one sample. Quantization and zeros leave them as they are."""
+    """For one sample. Quantisation and zeros leave them as they are."""
     bytes: int
     """Of the ONNX file."""
     latency: Ratio | None
@@ -60,7 +60,7 @@ class Compressed:
     """A compressed network, and how it became that; ``print`` shows the stages as a table."""
 
     model: nn.Module
-    """After all steps but the quantization, which only the file has."""
+    """After all steps but the quantisation, which only the file has."""
     stages: tuple[Stage, ...]
     """The start and every step, in order."""
     score: str
@@ -127,7 +127,7 @@ def check_order(steps: Sequence[Step]) -> None:
     """Refuse an order that cannot be.
 
     Raises:
-        CompanionError: there is no step, one is none or has a setting that it does not take, one follows quantization,
+        CompanionError: there is no step, one is none or has a setting that it does not take, one follows quantisation,
             or weights are removed after some became zeros.
     """
     for step in steps:

@@ -1,7 +1,7 @@
-"""Quantization of a whole network, weights and activations, simulated in float: calibrated, and trained with (2.1.2).
+"""Quantisation of a whole network, weights and activations, simulated in float: calibrated, and trained with (2.1.2).
 
 ``prepare_qat`` puts a grid before each layer and on its weights. Calibrated and used as it is, that is post-training
-quantization; trained with ``companion.train.fit``, quantization-aware training.
+quantisation; trained with ``companion.train.fit``, quantisation-aware training.
 """
 
 import copy
@@ -110,8 +110,8 @@ def prepare_qat(
     Each convolution and linear layer gets its weights on a symmetric grid with a scale per output channel, and its
     input on an affine grid with one scale. Additions, pooling and normalisations between them stay float.
 
-    Call `calibrate` next. Then evaluate it (post-training quantization), or train it with ``companion.train.fit`` and
-    evaluate it (quantization-aware training: weights by the straight-through estimator, steps learned).
+    Call `calibrate` next. Then evaluate it (post-training quantisation), or train it with ``companion.train.fit`` and
+    evaluate it (quantisation-aware training: weights by the straight-through estimator, steps learned).
 
     Batch normalisations stay where they are, and learn along. Folded into the layer before, one multiplies each of its
     output channels by a number; a scale per channel is multiplied likewise and the integers are the same. So nothing
@@ -133,7 +133,7 @@ def prepare_qat(
         CompanionError: bits out of range, no such observer or layer, no layer to quantize, a network that is prepared
             already, or weights that are NaN or infinite.
 
-    Source: Jacob et al., 2018, section 3 (simulated quantization); Esser et al., Learned Step Size Quantization, 2020.
+    Source: Jacob et al., 2018, section 3 (simulated quantisation); Esser et al., Learned Step Size Quantization, 2020.
     """
     for bits in (weight_bits, *(b for b in (activation_bits, first_last_bits) if b is not None)):
         check_bits(bits)

@@ -1,4 +1,4 @@
-"""Numbers on a grid: what quantization does to one tensor, written out (2.1.2).
+"""Numbers on a grid: what quantisation does to one tensor, written out (2.1.2).
 
 An integer q stands for the real number scale · (q − zero point). Everything else is the choice of the scale (the
 observers), of who shares it (a tensor, or each of its channels), and of what happens to gradients (they pass).
@@ -245,7 +245,7 @@ def _ratio(x: Tensor, scale: Tensor, like: str) -> Tensor:
 
 
 def sqnr(reference: Any, value: Any) -> float:
-    """Signal-to-quantization-noise ratio in decibels: 10·log10(Σ reference² / Σ (reference − value)²).
+    """Signal-to-quantisation-noise ratio in decibels: 10·log10(Σ reference² / Σ (reference − value)²).
 
     6 dB are one bit; 20 dB mean that the error is a tenth of the signal. Equal tensors give infinity.
 
@@ -278,10 +278,10 @@ def quantize_weights(
     exclude: Collection[str] = (),
     backend: str = "companion",
 ) -> nn.Module:
-    """A copy of ``model`` whose convolution and linear weights lie on a grid: weight-only quantization.
+    """A copy of ``model`` whose convolution and linear weights lie on a grid: weight-only quantisation.
 
     The arithmetic stays float, so nothing runs faster; this shows what rounding does to the answers. Biases and
-    normalisations stay as they are, and so does `nn.MultiheadAttention` (most of a transformer's weights are elsewhere).
+    normalisations stay as they are, and so does `nn.MultiheadAttention`, which keeps its weights as no such layers.
     A batch normalisation multiplies whole channels, and so does a scale per channel, so it makes no difference whether
     it is folded first; with one scale per tensor, fold it first (`companion.engines.fusion.fold_batch_norms`), because
     an engine will.
@@ -298,7 +298,7 @@ def quantize_weights(
 
     Raises:
         CompanionError: no such bits, observer, backend or layer, no layer to quantize, a network prepared for training
-            with quantization, weights that are NaN, infinite or too large for the format, or torchao is missing.
+            with quantisation, weights that are NaN, infinite or too large for the format, or torchao is missing.
 
     Source: Micikevicius et al., FP8 Formats for Deep Learning, 2022, section 3, for the float formats' scale.
     """

@@ -200,5 +200,5 @@ def test_a_shipped_network_is_as_good_as_it_says():
 
 
 def test_no_such_network_is_shipped():
-    with pytest.raises(CompanionError, match="choose one of .*cifar_resnet14_hard_digits"):
+    with pytest.raises(CompanionError, match=r"choose one of .*cifar_resnet14_hard_digits"):
         models.pretrained("../results/complexity")
