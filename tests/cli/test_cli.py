@@ -285,7 +285,8 @@ def test_data_list_and_verify(capsys, monkeypatch, tmp_path):
     assert str(tmp_path) in out
     code, out, _ = call(capsys, "data", "verify")
     assert code == 0
-    assert out.count(" ok ") == 2 * len(datasets.store.manifest()["generated"])
+    manifest = datasets.store.manifest()
+    assert out.count(" ok ") == 2 * len(manifest["generated"]) + len(manifest["shipped"])
     (tmp_path / "cifar10.zip").write_bytes(b"PK nonsense")
     code, out, err = call(capsys, "data", "verify")
     assert code == 1
