@@ -1,6 +1,6 @@
 """Train the networks of data/weights and note their checksums in data/manifest.json.
 
-python tools/train_weights.py NAME ...    those of WEIGHTS; stopped, the same command goes on
+python tools/train_weights.py NAME ...    those of WEIGHTS; stopped, the same command goes on (from build/NAME.checkpoint)
 
 CIFAR-10 must be there (`companion data list`); an epoch of cifar_resnet20 on it takes about two minutes of one core.
 """
@@ -15,7 +15,8 @@ import torch
 
 from companion import datasets, files, models, train
 
-DATA = Path(__file__).resolve().parents[1] / "data"
+ROOT = Path(__file__).resolve().parents[1]
+DATA = ROOT / "data"
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ def make(name: str) -> None:
     model = model.to(memory_format=recipe.layout)
     path = DATA / "weights" / f"{name}.safetensors"
     path.parent.mkdir(exist_ok=True)
-    checkpoint = path.with_suffix(".checkpoint")
+    checkpoint = ROOT / "build" / f"{name}.checkpoint"
+    checkpoint.parent.mkdir(exist_ok=True)
     train.fit(model, data, seed=recipe.seed, checkpoint=checkpoint, resume=True, **recipe.fit)
     models.save(model, path)
     checkpoint.unlink()
