@@ -1,6 +1,6 @@
 """Train the networks of data/weights and note their checksums in data/manifest.json.
 
-python tools/train_weights.py NAME ...    those of WEIGHTS; stopped, the same command goes on (from build/NAME.checkpoint)
+python tools/train_weights.py NAME ...    those of WEIGHTS; stopped, the same command goes on from build/NAME.checkpoint
 
 CIFAR-10 must be there (`companion data list`); an epoch of cifar_resnet20 on it takes about two minutes of one core.
 """

@@ -23,6 +23,7 @@ from torch.nn.functional import cross_entropy
 from companion import compress, datasets, engines, metrics, models, train
 from companion.bench.runner import Bench, Cell
 from companion.datasets.arrays import ArrayImages
+from companion.errors import CompanionError
 from companion.metrics.results import Row, Scalar, Value
 
 SEEDS = (0, 1, 2)
@@ -333,6 +334,13 @@ def _case_study() -> list[Row]:
 
 def _cells() -> Iterator[Cell]:
     torch.set_num_threads(1)
+    for name in (*map(base_weights, SEEDS), WIDE):  # now rather than after an hour
+        try:
+            models.pretrained(name)
+        except CompanionError as error:
+            raise CompanionError(
+                f"the bench needs {name}, which is not among the weights: `python tools/train_weights.py {name}` makes it."
+            ) from error
     for method in FAST:
         yield Cell(f"cifar_resnet18, {method}", partial(_wide_cost, method))
     for share in (0.5, 0.8, 0.9, 0.95, 0.99):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from companion import datasets, models
+from companion import CompanionError, datasets, models
 from companion.bench import compression
 from companion.datasets.arrays import ArrayImages
 
@@ -69,3 +69,12 @@ def test_percent_is_the_mean_of_the_seeds():
 def test_the_cells_have_names_of_their_own():
     keys = [cell.key for cell in compression.BENCH.cells()]
     assert len(keys) == len(set(keys)) == len(compression.METHODS) + len(compression.FAST) + 8
+
+
+def test_missing_weights_are_noticed_before_anything_is_measured(monkeypatch):
+    def missing(name):
+        raise CompanionError(f"no network {name!r} is shipped.")
+
+    monkeypatch.setattr(models, "pretrained", missing)
+    with pytest.raises(CompanionError, match=r"tools/train_weights\.py cifar_resnet20_cifar10_seed0"):
+        list(compression.BENCH.cells())
