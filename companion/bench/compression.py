@@ -339,7 +339,7 @@ def _cells() -> Iterator[Cell]:
             models.pretrained(name)
         except CompanionError as error:
             raise CompanionError(
-                f"the bench needs {name}, which is not among the weights: `python tools/train_weights.py {name}` makes it."
+                f"the bench needs {name}, which is not shipped: `python tools/train_weights.py {name}` makes it."
             ) from error
     for method in FAST:
         yield Cell(f"cifar_resnet18, {method}", partial(_wide_cost, method))
