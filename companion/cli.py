@@ -434,8 +434,6 @@ def _figures(scores: "Scores") -> str:
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Aligned columns that never wrap, so that a command in one can be copied."""
-    lines = [columns, *rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
-    for line in lines:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    from companion.units import format_table
+
+    print(format_table([columns, *rows]))

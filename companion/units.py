@@ -13,6 +13,8 @@ What is counted are matrix products, convolutions and attention, as papers do; a
 normalisation are not, although they take time. Sources differ here by up to a factor of two, so always say which.
 """
 
+from collections.abc import Iterable, Sequence
+
 FLOPS_PER_MAC = 2
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 
@@ -30,6 +32,14 @@ def format_bytes(number: float) -> str:
 def format_seconds(number: float) -> str:
     """``0.00123`` → ``1.230 ms``."""
     return _scaled(number, 1000, ("n", "µ", "m", ""), "s", small=1e-9)
+
+
+def format_table(rows: Iterable[Sequence[str]]) -> str:
+    """Lines of aligned columns that never wrap, so that a command in one can be copied; the first row is the heads'."""
+    lines = list(rows)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    aligned = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+    return "\n".join(line.rstrip() for line in aligned)
 
 
 def _scaled(number: float, base: float, prefixes: tuple[str, ...], unit: str, *, small: float) -> str:

@@ -27,11 +27,12 @@ from companion.errors import CompanionError
 from companion.files import check_writable, replacing
 from companion.metrics.latency import Ratio
 from companion.train.evaluation import check_match
+from companion.units import format_table
 
 ROUND = 8
 """Pruned widths are multiples of it where the target can be reached so: ONNX Runtime computes 8 or 16 channels at once.
-At half the MACs a cifar_resnet20 takes 0.66 of the time with such widths, 0.88 with any. Multiples of 16 would take
-0.52, but leave a narrow network too little choice: cifar_resnet14 at half the MACs, trained for an epoch, kept 84 % of
+At half the MACs a cifar_resnet20 takes 0.75 of the time with such widths, 0.88 with any. Multiples of 16 would take
+0.55, but leave a narrow network too little choice: cifar_resnet14 at half the MACs, trained for an epoch, kept 84 % of
 the hard digits instead of 98."""
 CALIBRATION = 16
 """Batches of training images from which the ranges of int8 activations are taken."""
@@ -91,9 +92,7 @@ def table(stages: Sequence[Stage], score: str) -> str:
                 time,
             )
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-    return "\n".join(line.rstrip() for line in lines)
+    return format_table(rows)
 
 
 @dataclass(frozen=True)

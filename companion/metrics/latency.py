@@ -26,7 +26,7 @@ from torch.nn.functional import cross_entropy
 
 from companion.errors import CompanionError
 from companion.metrics import probe
-from companion.units import format_seconds
+from companion.units import format_seconds, format_table
 
 BLOCK = 1e-4
 """Seconds that a block, which is what the clock times, lasts at least: to read the clock takes 1e-7, 1e-5 with a GPU.
@@ -171,9 +171,7 @@ class Comparison:
             quartiles = " to ".join(map(format_seconds, latency.quartiles))
             verdict = ratio.verdict if ratio else "baseline"
             rows.append((name, format_seconds(latency.median), quartiles, numbers, verdict))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-        return "\n".join(line.rstrip() for line in lines)
+        return format_table(rows)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from companion.units import format_bytes, format_count, format_seconds
+from companion.units import format_bytes, format_count, format_seconds, format_table
 
 
 @pytest.mark.parametrize(
@@ -40,3 +40,7 @@ def test_seconds_can_be_read_back(number):
     value, unit = format_seconds(number).split()
     scale = {"ns": 1e-9, "µs": 1e-6, "ms": 1e-3, "s": 1}[unit]
     assert float(value) * scale == pytest.approx(number, rel=6e-4)
+
+
+def test_a_table_has_aligned_columns_and_no_blanks_at_the_end():
+    assert format_table([("a", "state"), ("longer", "ok"), ("b", "")]) == "a       state\nlonger  ok\nb"
