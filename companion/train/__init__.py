@@ -1,7 +1,36 @@
 """Train and evaluate any of the chapter's networks on any of its data."""
 
+from companion.train.amp import LossScaler, Precision
 from companion.train.evaluation import Scores, evaluate, predict
+from companion.train.formats import (
+    FORMATS,
+    Magnitudes,
+    NumberFormat,
+    OperatorPrecision,
+    gradient_magnitudes,
+    layer_gradients,
+    operator_precisions,
+)
 from companion.train.loop import Epoch, History, fit, hold_out
 from companion.train.tasks import Task, task_of
 
-__all__ = ["Epoch", "History", "Scores", "Task", "evaluate", "fit", "hold_out", "predict", "task_of"]
+__all__ = [
+    "FORMATS",
+    "Epoch",
+    "History",
+    "LossScaler",
+    "Magnitudes",
+    "NumberFormat",
+    "OperatorPrecision",
+    "Precision",
+    "Scores",
+    "Task",
+    "evaluate",
+    "fit",
+    "gradient_magnitudes",
+    "hold_out",
+    "layer_gradients",
+    "operator_precisions",
+    "predict",
+    "task_of",
+]
