@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -202,4 +203,38 @@ def plot_roofline(found: Any, *, others: Iterable[Any] = ()) -> Picture:
         for handle in legend.legend_handles:
             if isinstance(handle, PathCollection):
                 handle.set_sizes([40])  # a symbol in the legend stands for a kind, not for a size
+    return figure
+
+
+def plot_magnitudes(found: Mapping[str, Any], formats: Iterable[Any]) -> Picture:
+    """Shares of gradients by power of two, above the ranges of number formats: what lies outside a range is lost.
+
+    Args:
+        found: `companion.train.gradient_magnitudes` by name, such as one without and one with loss scaling.
+        formats: of `companion.train.FORMATS`; each a bar from its smallest to its largest number, hatched where it is
+            subnormal and has fewer digits.
+    """
+    formats = list(formats)
+    exponents = sorted({e for one in found.values() for e in one.counts} or {0})
+    with rc_context(STYLE):
+        figure = Picture(figsize=(8, 3 + 0.35 * len(formats)))
+        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(5, max(1, len(formats))))
+        for (name, one), line in zip(found.items(), itertools.cycle(LINES)):
+            heights = [100 * one.counts.get(e, 0) / max(1, one.nonzero) for e in range(exponents[0], exponents[-1] + 1)]
+            edges = range(exponents[0], exponents[-1] + 2)
+            upper.stairs(heights, edges, label=name, linestyle=line, linewidth=1.5)
+        upper.set(ylabel="% of the gradients\nthat are not zero")
+        upper.legend(loc="upper right")
+        upper.set_xlim(exponents[0] - 4, max(exponents[-1] + 4, 18))  # float16's upper end is at 2^16
+        for row, each in enumerate(formats):
+            smallest, normal, end = (math.log2(x) for x in (each.smallest, each.smallest_normal, 2 * 2.0**each.top))
+            lower.barh(row, end - normal, left=normal, height=0.6, color="gray", edgecolor="gray")
+            lower.barh(row, normal - smallest, left=smallest, height=0.6, fill=False, hatch="////", edgecolor="gray")
+        lower.set(yticks=range(len(formats)), ylim=(len(formats) - 0.5, -0.5), xlabel="magnitude")
+        lower.set_yticklabels([each.name for each in formats])
+        lower.xaxis.set_major_formatter(lambda exponent, _: f"$2^{{{exponent:.0f}}}$")
+        lower.xaxis.set_major_locator(MaxNLocator(integer=True))
+        lower.set_axisbelow(True)
+        for edge in {edge for each in formats for edge in (math.log2(each.smallest), each.top + 1)}:
+            upper.axvline(edge, color="gray", linewidth=0.8, linestyle=":")
     return figure

@@ -4,6 +4,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from companion import CompanionError, plots, train
@@ -136,3 +137,22 @@ def test_drawing_needs_no_pyplot():
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_magnitudes_are_shares_above_the_ranges_of_formats():
+    gradients = [torch.tensor([0.0, 2.0**-20, 2.0**-20, 3 * 2.0**-20, 1.0])]
+    found = {
+        name: train.gradient_magnitudes(gradients, scale=scale) for name, scale in (("plain", 1.0), ("scaled", 4.0))
+    }
+    upper, lower = plots.plot_magnitudes(found, [train.FORMATS["fp16"], train.FORMATS["bf16"]]).axes
+    plain, scaled = (patch.get_data() for patch in upper.patches)
+    assert {int(e): v for e, v in zip(plain.edges, plain.values, strict=False) if v} == {-20: 50, -19: 25, 0: 25}
+    assert {int(e): v for e, v in zip(scaled.edges, scaled.values, strict=False) if v} == {-18: 50, -17: 25, 2: 25}
+    assert [text.get_text() for text in upper.get_legend().get_texts()] == ["plain", "scaled"]
+    bars = [(bar.get_x(), bar.get_x() + bar.get_width(), bar.get_hatch()) for bar in lower.patches]
+    assert bars == [(-14, 16, None), (-24, -14, "////"), (-126, 128, None), (-133, -126, "////")]
+    assert [tick.get_text() for tick in lower.get_yticklabels()] == ["fp16", "bf16"]
+    low, high = upper.get_xlim()
+    assert low < -20
+    assert high > 16
+    assert {line.get_xdata()[0] for line in upper.lines} == {-133, -24, 16, 128}
