@@ -432,8 +432,8 @@ def test_what_is_shipped_is_found_by_name(tmp_path, monkeypatch):
             results.load(name)
 
 
-# Its reference run takes hours, and its record comes with the end of it.
-RUNNING = {"compression"}
+# Their reference runs take long, and their records come with the end of them.
+RUNNING = {"compression", "precision"}
 
 
 def test_every_result_that_the_course_ships_is_good():
