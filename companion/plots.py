@@ -238,3 +238,60 @@ def plot_magnitudes(found: Mapping[str, Any], formats: Iterable[Any]) -> Picture
         for edge in {edge for each in formats for edge in (math.log2(each.smallest), each.top + 1)}:
             upper.axvline(edge, color="gray", linewidth=0.8, linestyle=":")
     return figure
+
+
+def plot_timeline(events: Iterable[Any], *, title: str = "") -> Picture:
+    """What each stage of a pipeline did when: a row for each stage, a block with its number for each microbatch.
+
+    Args:
+        events: of `companion.train.parallel.timeline`. Forward is plain, backward hatched, what is empty is the bubble.
+        title: above the picture.
+    """
+    events = list(events)
+    looks: dict[str, Any] = {
+        "forward": {"facecolor": "white"},
+        "backward": {"facecolor": "#cfe3f2", "hatch": "////"},
+    }
+    stages = sorted({event.stage for event in events})
+    with rc_context(STYLE):
+        figure = Picture(figsize=(9, 1.1 + 0.45 * max(1, len(stages))))
+        axis = figure.subplots()
+        for kind, look in looks.items():
+            ours = [event for event in events if event.kind == kind]
+            for event in ours:
+                axis.broken_barh(
+                    [(event.start, event.end - event.start)],
+                    (event.stage - 0.4, 0.8),
+                    edgecolor=COLOURS[0], linewidth=0.8, label=kind if event is ours[0] else None, **look,
+                )  # fmt: skip
+                axis.text(
+                    (event.start + event.end) / 2, event.stage, str(event.microbatch),
+                    ha="center", va="center", fontsize=8,
+                    bbox={"boxstyle": "round,pad=0.1", "facecolor": "white", "edgecolor": "none"},
+                )  # fmt: skip
+        axis.set(yticks=stages, ylim=(max(1, len(stages)) - 0.5, -0.5), xlabel="seconds")
+        axis.set_yticklabels([f"stage {stage}" for stage in stages])
+        axis.set_title(title, fontsize=10, loc="left")
+        axis.grid(visible=False)
+        if events:
+            figure.legend(loc="outside upper right", ncols=2, frameon=False, fontsize=8)
+    return figure
+
+
+def plot_scaling(measured: Mapping[int, float], *, unit: str = "samples per second") -> Picture:
+    """Throughput against the number of workers, with the line on which n workers do n times the work of one.
+
+    Args:
+        measured: throughput by number of workers; the line goes through that of the fewest.
+        unit: of the throughput.
+    """
+    workers = sorted(measured)
+    with rc_context(STYLE):
+        figure = Picture(figsize=(5, 3.2))
+        axis = figure.subplots()
+        axis.plot(workers, [measured[n] for n in workers], "o-", label="measured")
+        axis.plot(workers, [measured[workers[0]] * n / workers[0] for n in workers], label="in proportion")
+        axis.set(xlabel="workers", ylabel=unit, ylim=(0, None))
+        axis.set_xticks(workers)
+        axis.legend()
+    return figure

@@ -9,6 +9,7 @@ from PIL import Image
 
 from companion import CompanionError, plots, train
 from companion.metrics.trade_offs import pareto_front
+from companion.train.parallel.pipeline import Event
 
 
 def test_a_picture_is_a_png_on_white_paper_of_its_size():
@@ -156,3 +157,33 @@ def test_magnitudes_are_shares_above_the_ranges_of_formats():
     assert low < -20
     assert high > 16
     assert {line.get_xdata()[0] for line in upper.lines} == {-133, -24, 16, 128}
+
+
+EVENTS = [
+    Event(0, "forward", 0, 0.0, 1.0),
+    Event(1, "forward", 0, 1.0, 2.0),
+    Event(1, "backward", 0, 2.0, 4.0),
+    Event(0, "backward", 0, 4.0, 6.5),
+]
+
+
+def test_a_timeline_has_a_row_for_each_stage_and_a_block_for_each_event():
+    axis = plots.plot_timeline(EVENTS, title="one").axes[0]
+    blocks = [path.get_extents().bounds for bars in axis.collections for path in bars.get_paths()]
+    expected = [(0, -0.4, 1, 0.8), (1, 0.6, 1, 0.8), (2, 0.6, 2, 0.8), (4, -0.4, 2.5, 0.8)]  # x, y, width, height
+    np.testing.assert_allclose(sorted(blocks), expected)
+    assert [tick.get_text() for tick in axis.get_yticklabels()] == ["stage 0", "stage 1"]
+    assert [text.get_text() for text in axis.texts] == ["0"] * 4
+    assert {(bars.get_label(), bars.get_hatch()) for bars in axis.collections if bars.get_label()[0] != "_"} == {
+        ("forward", None),
+        ("backward", "////"),
+    }  # without colour, too
+    assert axis.get_ylim() == (1.5, -0.5)  # the first stage is on top
+    assert plots.plot_timeline([])._repr_png_()
+
+
+def test_scaling_beside_what_would_be_proportional():
+    measured, ideal = plots.plot_scaling({4: 250.0, 2: 180.0}).axes[0].lines
+    assert measured.get_xydata().tolist() == [[2, 180], [4, 250]]
+    assert ideal.get_xydata().tolist() == [[2, 180], [4, 360]]
+    assert measured.get_linestyle() != ideal.get_linestyle()
