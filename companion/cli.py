@@ -98,15 +98,23 @@ def train(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="simple_cnn, cifar_resnet20, unet, …")],
     data: Data = "digits",
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training data.")] = 10,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images a step.")] = 32,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images a step, of each worker.")] = 32,
+    lr: Annotated[float, typer.Option(help="Peak learning rate; several workers take so many times as much.")] = 3e-3,
     precision: Precision = "fp32",
+    accumulate: Annotated[int, typer.Option(min=1, help="Parts to compute a step in, to take less memory.")] = 1,
+    clip_norm: Annotated[float | None, typer.Option(help="Shorten gradients that are longer than this.")] = None,
     seed: Annotated[
         int, typer.Option(min=0, max=2**63 - 1, help="Of the initial weights and of every random draw.")
     ] = 0,
     threads: Threads = None,
     device: Device = None,
     workers: Workers = 0,
+    distributed: Annotated[
+        str | None, typer.Option(help="ddp: this is one of the workers that torchrun started, which train together.")
+    ] = None,
+    sync_batch_norm: Annotated[
+        bool, typer.Option("--sync-batch-norm", help="Batch normalisation over the images of all workers.")
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="Weights file; MODEL-DATA.safetensors if not given.")] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an interrupted run of these settings, if there is one.")
@@ -122,45 +130,60 @@ def train(
 
     options: dict[str, Any] = {"size": models.image_size(model)} if data.startswith("folder:") else {}
     _set_threads(threads)
-    train_data, test_data = (datasets.load(data, split=split, **options) for split in ("train", "test"))
-    # Its own validation split if it has one, else the share that fit holds out by itself.
-    own_split: dict[str, Any] = (
-        {"validation": datasets.load(data, split="val")} if "val" in datasets.splits(data) else {}
-    )
-    network = models.create(model, labels=train_data.labels, classes=len(train_data.labels), seed=seed)
-    own = Path(data.removeprefix("folder:")).resolve().name.removesuffix(".zip")
-    out = out or Path(f"{model}-{own if data.startswith('folder:') else data}.safetensors")
-    files.check_writable(out)
-    checkpoint = out.with_name(out.name + ".checkpoint")
-    if resume and not checkpoint.exists():
-        print(f"there is no unfinished run in {checkpoint}: starting from the beginning")
-    if out.exists():
-        print(f"{out} exists: it will be replaced when this run is done")
-    print(f"{model} ({metrics.count_parameters(network):,} parameters) on {data} ({len(train_data):,} images)")
-    try:
-        history = training.fit(
-            network,
-            train_data,
-            epochs=epochs,
-            batch_size=batch_size,
-            lr=lr,
-            precision=precision,
-            seed=seed,
-            device=device,
-            num_workers=workers,
-            checkpoint=checkpoint,
-            resume=resume,
-            on_epoch=_print_epoch,
-            **own_split,
+    with training.joined(distributed) as joined:
+
+        def say(text: str) -> None:
+            if joined.rank == 0:
+                print(text, flush=True)
+
+        train_data, test_data = (datasets.load(data, split=split, **options) for split in ("train", "test"))
+        # Its own validation split if it has one, else the share that fit holds out by itself.
+        own_split: dict[str, Any] = (
+            {"validation": datasets.load(data, split="val")} if "val" in datasets.splits(data) else {}
         )
-    except KeyboardInterrupt:
-        hint = "the same command with --resume goes on" if checkpoint.exists() else "nothing was kept yet"
-        raise _Interrupted(f"interrupted; {hint}.") from None
-    models.save(network, out)
-    checkpoint.unlink(missing_ok=True)
-    print(f"weights of epoch {history.best_epoch} (best on the validation split) in {out}")
-    scores = training.evaluate(network, test_data, precision=precision, device=device, num_workers=workers)
-    print(f"test  {_figures(scores)}")
+        network = models.create(model, labels=train_data.labels, classes=len(train_data.labels), seed=seed)
+        own = Path(data.removeprefix("folder:")).resolve().name.removesuffix(".zip")
+        out = out or Path(f"{model}-{own if data.startswith('folder:') else data}.safetensors")
+        files.check_writable(out)
+        checkpoint = out.with_name(out.name + ".checkpoint")
+        if resume and not checkpoint.exists():
+            say(f"there is no unfinished run in {checkpoint}: starting from the beginning")
+        if out.exists():
+            say(f"{out} exists: it will be replaced when this run is done")
+        say(f"{model} ({metrics.count_parameters(network):,} parameters) on {data} ({len(train_data):,} images)")
+        if joined.size > 1:
+            say(f"{joined.size} workers ({joined.name}), {joined.size * batch_size} images a step")
+        try:
+            history = training.fit(
+                network,
+                train_data,
+                epochs=epochs,
+                batch_size=batch_size,
+                lr=lr,
+                precision=precision,
+                accumulate=accumulate,
+                clip_norm=clip_norm,
+                seed=seed,
+                device=device,
+                num_workers=workers,
+                checkpoint=checkpoint,
+                resume=resume,
+                on_epoch=lambda epoch: say(_epoch(epoch)),
+                workers=joined,
+                sync_batch_norm=sync_batch_norm,
+                **own_split,
+            )
+        except KeyboardInterrupt:
+            hint = "the same command with --resume goes on" if checkpoint.exists() else "nothing was kept yet"
+            raise _Interrupted(f"interrupted; {hint}.") from None
+        if joined.rank == 0:
+            models.save(network, out)
+            checkpoint.unlink(missing_ok=True)
+        say(f"weights of epoch {history.best_epoch} (best on the validation split) in {out}")
+        scores = training.evaluate(
+            network, test_data, precision=precision, device=device, num_workers=workers, workers=joined
+        )
+        say(f"test  {_figures(scores)}")
 
 
 @app.command()
@@ -423,9 +446,9 @@ def _set_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def _print_epoch(epoch: "Epoch") -> None:
+def _epoch(epoch: "Epoch") -> str:
     score = "" if epoch.validation_score is None else f"   validation {100 * epoch.validation_score:5.1f} %"
-    print(f"epoch {epoch.epoch:3}   loss {epoch.train_loss:7.4f}{score}   {epoch.seconds:6.1f} s", flush=True)
+    return f"epoch {epoch.epoch:3}   loss {epoch.train_loss:7.4f}{score}   {epoch.seconds:6.1f} s"
 
 
 def _figures(scores: "Scores") -> str:

@@ -369,6 +369,10 @@ class _Judge:
         self.labelled += int((labels != UNKNOWN).sum())
         self.total += len(labels)
 
+    def merge(self, other: "_Judge") -> None:
+        for count in ("right", "agreed", "labelled", "total"):
+            setattr(self, count, getattr(self, count) + getattr(other, count))
+
     def compute(self) -> dict[str, float]:
         if self.labelled == self.total:
             return {"accuracy": self.right / self.total}

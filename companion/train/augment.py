@@ -1,6 +1,6 @@
 """Random changes to a batch of images [N, C, H, W] that keep its targets right, drawn from torch's global generator."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,8 +52,11 @@ AUGMENTATIONS: dict[str, Callable[[int, int, int], Placement]] = {"shift": shift
 
 def augmentation(
     name: str | None, follow: Callable[[Any, Placement], Any] | None
-) -> Callable[[Any, Any], tuple[Any, Any]]:
-    """The augmentation called ``name`` of a batch's images and targets; None changes nothing.
+) -> Callable[[Any, Any, Sequence[int], int], tuple[Any, Any]]:
+    """The augmentation called ``name`` of a part of a batch; None changes nothing.
+
+    What it gives takes images and targets, which samples of the batch they are, and how many the batch has: a sample is
+    changed alike however the batch is divided.
 
     Args:
         name: ``shift``, ``shift_flip`` or None.
@@ -63,15 +66,15 @@ def augmentation(
         CompanionError: no such augmentation, or targets that cannot follow.
     """
     if name is None:
-        return lambda images, targets: (images, targets)
+        return lambda images, targets, part, n: (images, targets)
     if name not in AUGMENTATIONS:
         raise CompanionError(f"there is no augmentation {name!r}: choose one of {', '.join(AUGMENTATIONS)}.")
     if follow is None:
         raise CompanionError(f"the augmentation {name!r} is for images with labels or masks: choose None.")
 
-    def change(images: Tensor, targets: Any) -> tuple[Tensor, Any]:
-        n, _, height, width = images.shape
-        placement = AUGMENTATIONS[name](n, height, width)
+    def change(images: Tensor, targets: Any, part: Sequence[int], n: int) -> tuple[Tensor, Any]:
+        whole = AUGMENTATIONS[name](n, *images.shape[2:])
+        placement = Placement(whole.rows[list(part)], whole.columns[list(part)])
         return placement(images), follow(targets, placement)
 
     return change

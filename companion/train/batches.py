@@ -21,9 +21,9 @@ from companion.errors import CompanionError
 ORDER, SAMPLES, STEP, HOLDOUT = range(4)
 
 
-def derive_seed(seed: int, purpose: int, index: int = 0) -> int:
-    """A 32-bit seed that is independent for each (seed, purpose, index)."""
-    return int(np.random.SeedSequence((seed, purpose, index)).generate_state(1)[0])
+def derive_seed(seed: int, purpose: int, index: int = 0, *more: int) -> int:
+    """A 32-bit seed that is independent for each (seed, purpose, index, …)."""
+    return int(np.random.SeedSequence((seed, purpose, index, *more)).generate_state(1)[0])
 
 
 def seed_everything(seed: int) -> None:
@@ -55,15 +55,56 @@ def _leave_interrupts_to_the_parent(_worker: int) -> None:
 
 
 class Batches(Dataset):
-    """Item k is batch k of a run: of epoch k // steps, in that epoch's order or, not shuffled, in the data's own."""
+    """Item k is batch k of a run: of epoch k // steps, in that epoch's order or, not shuffled, in the data's own.
+
+    It is a list of parts, which are (inputs, targets): one, unless it is to be computed in several. Of several workers
+    that share each batch, each has its own samples, and all together have every sample once.
+
+    Args:
+        data: map-style data set.
+        batch_size: samples of a batch, over all workers.
+        collate: samples → (inputs, targets).
+        seed: of the order and of the samples' random transforms.
+        shuffle: a new order for each epoch, and transforms for each batch; else both stay the same.
+        parts: how many a worker's share of a batch is computed in, as far as it has samples.
+        rank, size: which worker this is, of how many.
+        lend: a worker for whom a batch has no sample gets its first one, so that all have something to do.
+    """
 
     def __init__(
-        self, data: Any, batch_size: int, collate: Callable[[list[Any]], Any], seed: int, shuffle: bool
+        self,
+        data: Any,
+        batch_size: int,
+        collate: Callable[[list[Any]], Any],
+        seed: int,
+        shuffle: bool,
+        *,
+        parts: int = 1,
+        rank: int = 0,
+        size: int = 1,
+        lend: bool = False,
     ) -> None:
         self.data, self.batch_size, self.collate = data, batch_size, collate
         self.seed, self.shuffle = seed, shuffle
+        self.parts, self.rank, self.size, self.lend = parts, rank, size, lend
         self.steps = -(-len(data) // batch_size)  # per epoch; the last batch may be smaller
         self._order: tuple[int, Sequence[int]] = (-1, ())
+
+    def samples(self, step: int) -> int:
+        """How many samples batch ``step`` has, over all workers."""
+        return min(self.batch_size, len(self.data) - step % self.steps * self.batch_size)
+
+    def idle(self, step: int) -> bool:
+        """Whether batch ``step`` has no sample for this worker."""
+        return self.rank >= self.samples(step)
+
+    def share(self, step: int) -> list[Sequence[int]]:
+        """Where in batch ``step`` the samples of each of this worker's parts are."""
+        own = range(self.rank, self.samples(step), self.size)
+        if not own and self.lend:
+            own = range(1)
+        parts = min(self.parts, len(own))
+        return [own[len(own) * i // parts : len(own) * (i + 1) // parts] for i in range(parts)]
 
     def __getitem__(self, step: int) -> Any:
         epoch, k = divmod(step, self.steps)
@@ -75,7 +116,7 @@ class Batches(Dataset):
         seed_everything(derive_seed(self.seed, SAMPLES, step if self.shuffle else k))
         indices = self._order[1][k * self.batch_size : (k + 1) * self.batch_size]
         try:
-            return self.collate([self.data[i] for i in indices])
+            return [self.collate([self.data[indices[i]] for i in part]) for part in self.share(step)]
         except CompanionError as error:
             return error  # a worker would wrap it into a page of traceback
 

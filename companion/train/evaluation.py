@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from companion.train.amp import Precision
 from companion.train.batches import Batches, own_randomness
 from companion.train.device import move, pick_device, placed
 from companion.train.tasks import Task, attribute, task_of
+from companion.train.workers import ALONE, Workers
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ def evaluate(
     device: str | torch.device | None = None,
     num_workers: int = 0,
     progress: bool = True,
+    workers: Workers = ALONE,
 ) -> Scores:
     """Loss and scores of ``model`` over all of ``data``; the network itself is left as it was.
 
@@ -50,13 +53,17 @@ def evaluate(
         data: a data set of companion.datasets, or any map-style one of (input, target) samples.
         batch_size: samples at a time; 256, of masks 32, if not given.
         precision, device, num_workers, progress: as in `fit`.
+        workers: those of `joined`, if there are several: each judges its share, once, and all get the whole result.
 
     Raises:
         CompanionError: data that does not fit the network, or a sample that cannot be read.
     """
     task = task_of(data)
-    with _evaluation(model, data, batch_size, precision, device, num_workers, progress) as (policy, stream):
-        return score(model, stream, task, policy)
+    with (
+        workers.losses(),
+        _evaluation(model, data, batch_size, precision, device, num_workers, progress, workers) as (policy, stream),
+    ):
+        return score(model, stream, task, policy, workers)
 
 
 def predict(
@@ -123,6 +130,7 @@ def _evaluation(
     device: str | torch.device | None,
     num_workers: int,
     progress: bool,
+    workers: Workers = ALONE,
 ) -> Iterator[tuple[Precision, Iterator[Any]]]:
     """What `evaluate` and `predict` share: everything checked, the network in place, the batches of the data."""
     task = task_of(data)
@@ -131,11 +139,13 @@ def _evaluation(
         raise CompanionError(f"batch_size is {batch_size}: give a whole number from 1.")
     policy = Precision.named(precision, pick_device(device))
     check_match(model, data)
-    batches = Batches(data, batch_size, task.collate, seed=0, shuffle=False)
+    batches = Batches(
+        data, batch_size * workers.size, task.collate, seed=0, shuffle=False, rank=workers.rank, size=workers.size
+    )
     modes = {module: module.training for module in model.modules()}
     with placed(model, policy.device), own_randomness():
         stream = batches.iterate(range(batches.steps), num_workers=num_workers, pin_memory=policy.pin_memory)
-        with progress_bar(show=progress, total=batches.steps, unit="batch") as bar:
+        with progress_bar(show=progress and workers.rank == 0, total=batches.steps, unit="batch") as bar:
             try:
                 yield policy, _counted(stream, bar)
             finally:
@@ -152,15 +162,15 @@ def _counted(stream: Iterator[Any], bar: Any) -> Iterator[Any]:
 def _forward(model: nn.Module, stream: Iterator[Any], policy: Precision) -> Iterator[tuple[Any, Any]]:
     """Outputs and targets of each batch, in evaluation mode and without gradients."""
     model.eval()
-    for inputs, targets in stream:
+    for inputs, targets in chain.from_iterable(stream):
         targets = move(targets, policy.device)
         with torch.inference_mode(), policy.autocast():
             outputs = model(move(inputs, policy.device))
         yield outputs, targets
 
 
-def score(model: nn.Module, stream: Iterator[Any], task: Task, policy: Precision) -> Scores:
-    """Loss and scores over the batches of a stream; leaves the network in evaluation mode."""
+def score(model: nn.Module, stream: Iterator[Any], task: Task, policy: Precision, workers: Workers = ALONE) -> Scores:
+    """Loss and scores over the batches of a stream, and of all workers'; leaves the network in evaluation mode."""
     meter, loss_sum, weight_sum, samples = task.meter(), 0.0, 0, 0
     for outputs, targets in _forward(model, stream, policy):
         meter.update(outputs, targets)
@@ -169,5 +179,11 @@ def score(model: nn.Module, stream: Iterator[Any], task: Task, policy: Precision
             loss_sum += task.loss(model, outputs, targets).item() * weight
         weight_sum += weight
         samples += len(targets)
+    if workers.size > 1:
+        meters, *sums = zip(*workers.gather((meter, loss_sum, weight_sum, samples)), strict=True)
+        meter = task.meter()
+        for each in meters:
+            meter.merge(each)
+        loss_sum, weight_sum, samples = map(sum, sums)
     metrics = meter.compute()  # refuses what has nothing to judge by
     return Scores(samples, loss_sum / weight_sum, metrics)

@@ -18,6 +18,10 @@ class Meter(Protocol):
 
     def update(self, outputs: Any, targets: Any) -> None: ...
 
+    def merge(self, other: Any) -> None:
+        """Add what another meter of this kind has gathered: that of another worker."""
+        ...
+
     def compute(self) -> dict[str, float]:
         """Scores by name, higher is better; the first one chooses the best weights."""
         ...
@@ -32,6 +36,10 @@ class Accuracy:
     def update(self, outputs: Tensor, targets: Tensor) -> None:
         self.right += int((outputs.argmax(1) == targets).sum())
         self.total += len(targets)
+
+    def merge(self, other: "Accuracy") -> None:
+        self.right += other.right
+        self.total += other.total
 
     def compute(self) -> dict[str, float]:
         return {"accuracy": self.right / self.total}
@@ -56,6 +64,10 @@ class Overlap:
         pairs = targets[counted] * classes + outputs.argmax(1)[counted]
         counts = pairs.bincount(minlength=classes**2).reshape(classes, classes).cpu()
         self.confusion = self.confusion + counts if len(self.confusion) else counts
+
+    def merge(self, other: "Overlap") -> None:
+        if len(other.confusion):
+            self.confusion = self.confusion + other.confusion if len(self.confusion) else other.confusion
 
     def compute(self) -> dict[str, float]:
         """``mean_iou`` and ``pixel_accuracy``.

@@ -405,7 +405,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(capsys, tmp_path, monkeyp
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(cli, "_print_epoch", interrupt)
+        patch.setattr(cli, "_epoch", interrupt)
         code, _, err = call(capsys, *arguments, "x.safetensors")
     assert code == 130
     assert err.strip() == "companion: interrupted; the same command with --resume goes on."

@@ -9,7 +9,7 @@ from companion.train.tasks import TASKS
 
 def change(name, images, targets=None, task="classify"):
     """Images and targets after the augmentation called ``name``, as `fit` applies it."""
-    return augmentation(name, TASKS[task].follow)(images, targets)
+    return augmentation(name, TASKS[task].follow)(images, targets, range(len(images)), len(images))
 
 
 def placements(image, outside=0):
@@ -72,7 +72,7 @@ def test_the_batch_itself_is_not_changed():
 def test_none_changes_nothing_and_unknown_names_are_refused():
     images, labels = torch.rand(2, 3, 4, 4), torch.zeros(2)
     assert change(None, images, labels) == (images, labels)
-    assert augmentation(None, None)(images, labels) == (images, labels)
+    assert augmentation(None, None)(images, labels, range(3), 3) == (images, labels)
     with pytest.raises(CompanionError, match="no augmentation 'rotate'"):
         augmentation("rotate", None)
 

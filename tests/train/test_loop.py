@@ -199,8 +199,8 @@ class Noisy(Dataset):
 
 def test_random_transforms_are_seeded_and_differ_between_samples_and_epochs():
     batches = Batches(Noisy(), 4, torch.utils.data.default_collate, seed=0, shuffle=True)
-    a, b = batches[0][0], batches[8][0]  # the first batch of two epochs
-    assert torch.equal(batches[0][0], a)
+    (a, _), (b, _) = batches[0] + batches[8]  # the first batch of two epochs, in one part each
+    assert torch.equal(batches[0][0][0], a)
     assert len({round(value, 6) for value in torch.cat([a, b])[:, 2].tolist()}) > 4
 
 
@@ -422,7 +422,7 @@ def test_training_images_are_augmented_and_validation_images_are_not():
 def test_judged_data_keep_their_random_transforms_from_epoch_to_epoch():
     batches = Batches(Noisy(), 8, torch.utils.data.default_collate, seed=0, shuffle=False)
     for k in range(batches.steps):
-        assert torch.equal(batches[k][0], batches[batches.steps + k][0])
+        assert torch.equal(batches[k][0][0], batches[batches.steps + k][0][0])
 
 
 def test_images_made_from_one_scan_are_held_out_together():

@@ -1,0 +1,169 @@
+"""What joins the processes of one training: nothing, torch.distributed, or Horovod; `fit` and `evaluate` cannot tell.
+
+Each process is a worker with a rank from 0. It computes on its share of every batch, and all apply the mean of their
+gradients, so that their weights stay alike. Rank 0 alone reads and writes files.
+"""
+
+import inspect
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from companion.errors import CompanionError
+
+TIMEOUT = 300.0
+"""Seconds until a worker counts as lost if it does not take part in what the others wait for."""
+
+# torch 2.14 gave the argument another name.
+SYNC_BUFFERS = next(
+    name
+    for name in ("forward_sync_buffers", "broadcast_buffers")
+    if name in inspect.signature(DistributedDataParallel).parameters
+)
+
+
+class Workers:
+    """One process on its own. Those that join several replace what differs."""
+
+    name = "alone"
+    rank = 0
+    size = 1
+    local_rank = 0
+    """Rank among the workers of this machine: which of its GPUs to take."""
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Add up ``values``, a tensor of one shape on every worker, in place; returns it."""
+        return values
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every worker's ``value``, any picklable object, by rank."""
+        return [value]
+
+    def share(self, value: Any) -> Any:
+        """Rank 0's ``value``, any picklable object."""
+        return value
+
+    def join(self, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
+        """What to call forward and what to step, so that each step applies the mean of all workers' gradients.
+
+        The network's weights must be alike by then.
+        """
+        return model, optimizer
+
+    def keep(self, forward: nn.Module) -> AbstractContextManager:
+        """In here, a backward pass only adds to this worker's own gradients: more of its share is to come."""
+        return nullcontext()
+
+    def average(self, optimizer: Optimizer) -> None:
+        """Wait until the gradients are the mean over all workers; after the last backward pass of a step."""
+
+    def step(self, scaler: torch.amp.GradScaler, optimizer: Optimizer) -> None:
+        """Change the weights by gradients that are averaged by now."""
+        scaler.step(optimizer)
+
+    @contextmanager
+    def losses(self) -> Iterator[None]:
+        """Turns the many ways to lose another worker into one sentence."""
+        yield
+
+
+ALONE = Workers()
+
+
+class Distributed(Workers):
+    """The workers of torch.distributed's default process group; gradients by DistributedDataParallel."""
+
+    name = "ddp"
+
+    def __init__(self) -> None:
+        self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
+        self.local_rank = int(os.environ.get("LOCAL_RANK", self.rank))
+
+    def sum(self, values: Tensor) -> Tensor:
+        distributed.all_reduce(values)
+        return values
+
+    def gather(self, value: Any) -> list[Any]:
+        values = [None] * self.size
+        distributed.all_gather_object(values, value)
+        return values
+
+    def share(self, value: Any) -> Any:
+        values = [value]
+        distributed.broadcast_object_list(values)
+        return values[0]
+
+    def join(self, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
+        # The running statistics of batch normalisation are averaged by fit, not taken from rank 0 at every step.
+        return DistributedDataParallel(model, **{SYNC_BUFFERS: False}), optimizer  # type: ignore[arg-type]
+
+    def keep(self, forward: nn.Module) -> AbstractContextManager:
+        assert isinstance(forward, DistributedDataParallel)
+        return forward.no_sync()
+
+    @contextmanager
+    def losses(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            text = str(error).lower()
+            if isinstance(error, distributed.DistError) or "gloo" in text or "connection" in text:
+                raise CompanionError(
+                    f"worker {self.rank} of {self.size} lost the others (one died, or the network between them): "
+                    "start all of them again, with --resume to go on from the last checkpoint."
+                ) from error
+            raise
+
+
+@contextmanager
+def _torchrun(timeout: float) -> Iterator[Workers]:
+    if distributed.is_initialized():  # by whoever started this process, such as `parallel.launch`
+        yield Distributed()
+        return
+    if missing := [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise CompanionError(
+            f"--distributed ddp is for workers that torchrun starts ({missing[0]} is not set): "
+            "torchrun --nproc-per-node 2 -m companion train … --distributed ddp."
+        )
+    gpu = torch.cuda.is_available()
+    if gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    try:
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(seconds=timeout))
+    except (distributed.DistError, RuntimeError, ValueError) as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise CompanionError(
+            f"the workers did not find each other at {where} ({str(error).splitlines()[0].rstrip('.')}): "
+            "is the port free, and are all workers there?"
+        ) from error
+    try:
+        yield Distributed()
+    finally:
+        distributed.destroy_process_group()
+
+
+JOINS: dict[str, Callable[[float], AbstractContextManager[Workers]]] = {"ddp": _torchrun}
+
+
+def joined(name: str | None, *, timeout: float = TIMEOUT) -> AbstractContextManager[Workers]:
+    """Join the other workers of this training, for as long as the context lasts.
+
+    Args:
+        name: ``ddp`` for workers that `torchrun` (or ``parallel.launch``) started; None for a process on its own.
+        timeout: seconds until workers that do not answer count as lost.
+
+    Raises:
+        CompanionError: no such way to join, or the others cannot be found.
+    """
+    if name is None:
+        return nullcontext(ALONE)
+    if name not in JOINS:
+        raise CompanionError(f"there is no way {name!r} to join workers: choose one of {', '.join(JOINS)}.")
+    return JOINS[name](timeout)
