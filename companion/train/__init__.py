@@ -13,8 +13,10 @@ from companion.train.formats import (
 )
 from companion.train.loop import Epoch, History, fit, hold_out
 from companion.train.tasks import Task, task_of
+from companion.train.workers import ALONE, Workers, joined
 
 __all__ = [
+    "ALONE",
     "FORMATS",
     "Epoch",
     "History",
@@ -25,10 +27,12 @@ __all__ = [
     "Precision",
     "Scores",
     "Task",
+    "Workers",
     "evaluate",
     "fit",
     "gradient_magnitudes",
     "hold_out",
+    "joined",
     "layer_gradients",
     "operator_precisions",
     "predict",
