@@ -48,7 +48,7 @@ class Precision:
             raise CompanionError("fp16 trains on a GPU only: on this CPU choose bf16, which keeps float32's range.")
         if name == "tf32" and device.type != "cuda":
             raise CompanionError(
-                f"tf32 is how NVIDIA GPUs multiply float32: on this {device.type} choose fp32 or bf16."
+                f"tf32 is how NVIDIA GPUs multiply float32: on the device {device.type} choose fp32 or bf16."
             )
         return cls(name, device)
 
@@ -99,7 +99,7 @@ class Precision:
     def scaler(self) -> torch.amp.GradScaler:
         """Dynamic loss scaling, which only float16 needs: its smallest gradients would round to zero.
 
-        It is torch's, for which the GPU does not have to wait; `LossScaler` does the same where one can read it.
+        It is torch's, which looks at all gradients in one kernel; `LossScaler` does the same where one can read it.
         """
         return torch.amp.GradScaler(self.device.type, enabled=self.name == "fp16")
 
@@ -115,7 +115,7 @@ class LossScaler:
 
     The loss times ``factor`` gives gradients times ``factor``, large enough for float16; they are divided again before
     the optimizer sees them. A gradient that overflowed costs that step and lowers the factor; after so many good steps
-    in a row it is raised. Python looks at the gradients of each step, for which a GPU has to wait: `fit` uses torch's.
+    in a row it is raised. Python looks at each gradient in turn, and a GPU has to wait each time: `fit` uses torch's.
 
         scaler.scale(loss).backward(); scaler.step(optimizer); scaler.update()
 

@@ -27,7 +27,7 @@ def test_unknown_names_and_formats_without_a_machine_are_refused():
     with pytest.raises(CompanionError, match="fp16 trains on a GPU only"):
         Precision.named("fp16", CPU)
     for device in (CPU, torch.device("mps")):
-        with pytest.raises(CompanionError, match=f"NVIDIA GPUs multiply float32: on this {device.type} choose fp32"):
+        with pytest.raises(CompanionError, match=f"NVIDIA GPUs multiply float32: on the device {device.type} choose fp32"):
             Precision.named("tf32", device)
 
 
