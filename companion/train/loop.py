@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -196,7 +197,7 @@ def fit(
     }
     if checkpoint is not None:
         settings |= {"data": _digest(training), "validation data": held_out and _digest(held_out)}
-    job = _Job(
+    job = Job(
         model=model,
         optimizer=AdamW(model.parameters(), lr=lr, weight_decay=weight_decay),
         scaler=policy.scaler(),
@@ -225,9 +226,12 @@ def fit(
                     raise CompanionError(
                         f"{checkpoint} holds an unfinished run: resume it, or delete it to start again."
                     )
-                job.restore(checkpoints.load(checkpoint, settings))
-        job.begin_alike()
-        job.go_on()
+                state = checkpoints.load(checkpoint, settings)
+                try:
+                    job.load(state)
+                except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+                    raise checkpoints.damaged(checkpoint) from error
+        workers.run(job)
         assert job.run.best is not None  # epochs >= 1
         model.load_state_dict(job.run.best["weights"])
     model.eval()
@@ -235,7 +239,7 @@ def fit(
 
 
 @dataclass
-class _Job:
+class Job:
     """All that a run needs, and how far it is."""
 
     model: nn.Module
@@ -256,6 +260,8 @@ class _Job:
     on_epoch: Callable[[Epoch], None] | None
     progress: bool
     run: "_Run"
+    forward: nn.Module | None = None
+    """What to call forward, once it has joined the other workers."""
 
     def batches(self) -> Batches:
         """This worker's shares of the training batches, which stay as large as those that the run began with."""
@@ -292,36 +298,35 @@ class _Job:
         """Plain values and tensors, from which the run goes on."""
         return {"run": vars(self.run), **{name: part.state_dict() for name, part in self.parts.items()}}
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on from the state in a checkpoint, which may be forged."""
-        assert self.checkpoint is not None
-        try:
-            self.run = _Run.restored(state["run"])
-            total = self.settings["epochs"] * self.batches().steps
-            if self.run.step not in range(total + 1) or (self.run.best is None and self.run.step == total):
-                raise ValueError("no such step")
-            for name, part in self.parts.items():
-                part.load_state_dict(state[name])
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise checkpoints.damaged(self.checkpoint) from error
+    def copy(self) -> dict[str, Any]:
+        """The `state` as it is now, whatever becomes of it."""
+        run = vars(self.run) | {"epochs": list(self.run.epochs)}
+        return {"run": run, **{name: deepcopy(part.state_dict()) for name, part in self.parts.items()}}
 
-    def begin_alike(self) -> None:
-        """Give all workers the state of the first, after a look at whether they do the same."""
-        if self.workers.size == 1:
-            return
-        shapes = {key: (tuple(value.shape), str(value.dtype)) for key, value in self.model.state_dict().items()}
-        for rank, theirs in enumerate(self.workers.gather((shapes, self.settings))):
-            for what, ours in zip(theirs, (shapes, self.settings), strict=True):
-                for key in ours | what:
-                    if repr(ours.get(key)) != repr(what.get(key)):
-                        raise CompanionError(
-                            f"workers {self.workers.rank} and {rank} differ in {key}, {ours.get(key)} and "
-                            f"{what.get(key)}: start all of them with the same network and arguments."
-                        )
-        state = self.workers.share(self.state())
-        self.run = _Run(**state["run"])
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.run = _Run.restored(state["run"])
+        total = self.settings["epochs"] * self.batches().steps
+        if self.run.step not in range(total + 1) or (self.run.best is None and self.run.step == total):
+            raise ValueError("no such step")
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
+
+    def begin(self) -> None:
+        """Give all workers the state of the first, after a look at whether they do the same."""
+        if self.workers.size > 1:
+            shapes = {key: (tuple(value.shape), str(value.dtype)) for key, value in self.model.state_dict().items()}
+            ours = shapes | self.settings
+            for rank, theirs in enumerate(self.workers.gather(ours)):
+                for key in ours | theirs:
+                    if repr(ours.get(key)) != repr(theirs.get(key)):
+                        raise CompanionError(
+                            f"workers {self.workers.rank} and {rank} differ in {key}, {ours.get(key)} and "
+                            f"{theirs.get(key)}: start all of them with the same network and arguments."
+                        )
+            self.load(self.workers.share(self.state()))
+        if self.forward is None:
+            self.forward, self.optimizer = self.workers.join(self.model, self.optimizer, self.accumulate)
 
     def go_on(self) -> None:
         """From where the run is to its end."""
@@ -329,7 +334,6 @@ class _Job:
         batches = self.batches()
         total = self.settings["epochs"] * batches.steps
         peak = self.settings["lr"] * run.workers
-        forward, optimizer = workers.join(model, self.optimizer)
 
         # One stream of batches for the whole run, and one for all its validations: processes start once and read ahead.
         stream = batches.iterate(range(run.step, total), num_workers=self.num_workers, pin_memory=policy.pin_memory)
@@ -354,7 +358,7 @@ class _Job:
                 saves = self.checkpoint is not None and (
                     run.step + 1 == total or time.monotonic() - last_saved >= self.checkpoint_seconds
                 )
-                for group in optimizer.param_groups:
+                for group in self.optimizer.param_groups:
                     group["lr"] = peak * schedule(run.step, total)
                 changed = [self._change(batches, part, i) for i, part in enumerate(parts)]
                 weights = [0 if batches.idle(run.step) else self.task.weight(targets) for _, targets in changed]
@@ -364,7 +368,7 @@ class _Job:
                     whole_weight, saving = workers.sum(whole).tolist()
                     saves = bool(saving)  # by the clock of the first, so that all do the same
                     shares = [float(weight) * workers.size / max(1, whole_weight) for weight in weights]
-                losses = self._step(forward, optimizer, changed, shares)
+                losses = self._step(changed, shares)
                 for loss, weight in zip(losses, weights, strict=True):
                     loss_sum += loss * weight
                     weight_sum += weight
@@ -389,7 +393,7 @@ class _Job:
                         validated = score(model, shown, self.task, policy, workers)
                         model.train()
                         bar.set_postfix(validation=f"{validated.main:.3f}")
-                    epoch = run.end_epoch(model, optimizer, validated, time.monotonic() - epoch_started)
+                    epoch = run.end_epoch(model, self.optimizer, validated, time.monotonic() - epoch_started)
                     if self.on_epoch is not None:
                         with bar.external_write_mode():
                             self.on_epoch(epoch)
@@ -401,6 +405,7 @@ class _Job:
                         assert self.checkpoint is not None
                         checkpoints.save(self.checkpoint, self.state(), self.settings)
                     last_saved = time.monotonic()
+                workers.commit(self, whole=ends_epoch)
 
     def _change(self, batches: Batches, part: Any, number: int) -> tuple[Any, Any]:
         """A part of a batch on the device, augmented; draws what dropout will draw from."""
@@ -409,21 +414,20 @@ class _Job:
         seed_everything(derive_seed(seed, STEP, step))
         return self.change(inputs, targets, batches.share(step)[number], batches.samples(step))
 
-    def _step(
-        self, forward: nn.Module, optimizer: Optimizer, parts: list[tuple[Any, Any]], shares: list[Any]
-    ) -> list[Tensor]:
+    def _step(self, parts: list[tuple[Any, Any]], shares: list[Any]) -> list[Tensor]:
         """One change of the weights, by the sum of the parts' gradients times their shares, and the mean over workers.
 
         Returns the mean loss of each part before it, on the device.
         """
-        losses = []
+        losses, optimizer = [], self.optimizer
+        assert self.forward is not None
         optimizer.zero_grad(set_to_none=True)
         for i, ((inputs, targets), share) in enumerate(zip(parts, shares, strict=True)):
             if (self.workers.rank, i) != (0, 0):  # other samples, other units dropped
                 seed_everything(derive_seed(self.settings["seed"], STEP, self.run.step, self.workers.rank, i))
-            with nullcontext() if i == len(parts) - 1 else self.workers.keep(forward):
+            with nullcontext() if i == len(parts) - 1 else self.workers.keep(self.forward):
                 with self.policy.autocast():
-                    loss = self.task.loss(self.model, forward(inputs), targets)
+                    loss = self.task.loss(self.model, self.forward(inputs), targets)
                 # Scaled for float16 only, whose smallest gradients would round to zero.
                 self.scaler.scale(loss * share).backward()
             losses.append(loss.detach())

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, distributed, nn
@@ -17,6 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from companion.errors import CompanionError
+
+if TYPE_CHECKING:
+    from companion.train.loop import Job
 
 TIMEOUT = 300.0
 """Seconds until a worker counts as lost if it does not take part in what the others wait for."""
@@ -50,10 +53,11 @@ class Workers:
         """Rank 0's ``value``, any picklable object."""
         return value
 
-    def join(self, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
+    def join(self, model: nn.Module, optimizer: Optimizer, parts: int) -> tuple[nn.Module, Optimizer]:
         """What to call forward and what to step, so that each step applies the mean of all workers' gradients.
 
-        The network's weights must be alike by then.
+        The network's weights and the optimizer's state must be alike by then; a step has at most ``parts`` backward
+        passes.
         """
         return model, optimizer
 
@@ -67,6 +71,14 @@ class Workers:
     def step(self, scaler: torch.amp.GradScaler, optimizer: Optimizer) -> None:
         """Change the weights by gradients that are averaged by now."""
         scaler.step(optimizer)
+
+    def run(self, job: "Job") -> None:
+        """Train from where the job is to its end."""
+        job.begin()
+        job.go_on()
+
+    def commit(self, job: "Job", *, whole: bool) -> None:
+        """A step is done (and, if ``whole``, an epoch): what comes after a loss of workers may begin here."""
 
     @contextmanager
     def losses(self) -> Iterator[None]:
@@ -100,7 +112,7 @@ class Distributed(Workers):
         distributed.broadcast_object_list(values)
         return values[0]
 
-    def join(self, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
+    def join(self, model: nn.Module, optimizer: Optimizer, parts: int) -> tuple[nn.Module, Optimizer]:
         # The running statistics of batch normalisation are averaged by fit, not taken from rank 0 at every step.
         return DistributedDataParallel(model, **{SYNC_BUFFERS: False}), optimizer  # type: ignore[arg-type]
 
