@@ -28,7 +28,7 @@ Data = Annotated[str, typer.Option(help="A name of `companion data list`, or fol
 Threads = Annotated[int | None, typer.Option(min=1, max=1024, help="CPU threads; all cores if not given.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; a CUDA GPU if there is one.")]
 Workers = Annotated[int, typer.Option(min=0, max=64, help="Processes that read samples ahead.")]
-Precision = Annotated[str, typer.Option(help="fp32, bf16, or fp16 (GPU only).")]
+Precision = Annotated[str, typer.Option(help="fp32, bf16, or on a GPU fp16 and tf32.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 
@@ -110,8 +110,12 @@ def train(
     device: Device = None,
     workers: Workers = 0,
     distributed: Annotated[
-        str | None, typer.Option(help="ddp: this is one of the workers that torchrun started, which train together.")
+        str | None,
+        typer.Option(help="ddp or horovod: this is one of the workers that torchrun or horovodrun started."),
     ] = None,
+    gradient_compression: Annotated[
+        str, typer.Option(help="none, or fp16: what gradients are between workers.")
+    ] = "none",
     sync_batch_norm: Annotated[
         bool, typer.Option("--sync-batch-norm", help="Batch normalisation over the images of all workers.")
     ] = False,
@@ -130,7 +134,7 @@ def train(
 
     options: dict[str, Any] = {"size": models.image_size(model)} if data.startswith("folder:") else {}
     _set_threads(threads)
-    with training.joined(distributed) as joined:
+    with training.joined(distributed, compression=gradient_compression) as joined:
 
         def say(text: str) -> None:
             if joined.rank == 0:
@@ -151,6 +155,8 @@ def train(
         if out.exists():
             say(f"{out} exists: it will be replaced when this run is done")
         say(f"{model} ({metrics.count_parameters(network):,} parameters) on {data} ({len(train_data):,} images)")
+        if advice := training.Precision.named(precision, device).advice:
+            say(advice)
         if joined.size > 1:
             say(f"{joined.size} workers ({joined.name}), {joined.size * batch_size} images a step")
         try:

@@ -6,13 +6,14 @@ gradients, so that their weights stay alike. Rank 0 alone reads and writes files
 
 import inspect
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 TIMEOUT = 300.0
 """Seconds until a worker counts as lost if it does not take part in what the others wait for."""
+COMPRESSIONS = ("none", "fp16")
 
 # torch 2.14 gave the argument another name.
 SYNC_BUFFERS = next(
@@ -94,7 +96,8 @@ class Distributed(Workers):
 
     name = "ddp"
 
-    def __init__(self) -> None:
+    def __init__(self, compression: str) -> None:
+        self.compression = compression
         self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
         self.local_rank = int(os.environ.get("LOCAL_RANK", self.rank))
 
@@ -114,7 +117,10 @@ class Distributed(Workers):
 
     def join(self, model: nn.Module, optimizer: Optimizer, parts: int) -> tuple[nn.Module, Optimizer]:
         # The running statistics of batch normalisation are averaged by fit, not taken from rank 0 at every step.
-        return DistributedDataParallel(model, **{SYNC_BUFFERS: False}), optimizer  # type: ignore[arg-type]
+        joined = DistributedDataParallel(model, **{SYNC_BUFFERS: False})  # type: ignore[arg-type]
+        if self.compression == "fp16":
+            joined.register_comm_hook(None, fp16_compress_hook)
+        return joined, optimizer
 
     def keep(self, forward: nn.Module) -> AbstractContextManager:
         assert isinstance(forward, DistributedDataParallel)
@@ -127,17 +133,22 @@ class Distributed(Workers):
         except RuntimeError as error:
             text = str(error).lower()
             if isinstance(error, distributed.DistError) or "gloo" in text or "connection" in text:
-                raise CompanionError(
-                    f"worker {self.rank} of {self.size} lost the others (one died, or the network between them): "
-                    "start all of them again, with --resume to go on from the last checkpoint."
-                ) from error
+                raise lost(self) from error
             raise
 
 
+def lost(workers: Workers) -> CompanionError:
+    """The refusal to go on without the others."""
+    return CompanionError(
+        f"worker {workers.rank} of {workers.size} lost the others (one died, or the network between them): "
+        "start all of them again, with --resume to go on from the last checkpoint."
+    )
+
+
 @contextmanager
-def _torchrun(timeout: float) -> Iterator[Workers]:
+def _torchrun(timeout: float, compression: str) -> Iterator[Workers]:
     if distributed.is_initialized():  # by whoever started this process, such as `parallel.launch`
-        yield Distributed()
+        yield Distributed(compression)
         return
     if missing := [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
         raise CompanionError(
@@ -156,26 +167,31 @@ def _torchrun(timeout: float) -> Iterator[Workers]:
             "is the port free, and are all workers there?"
         ) from error
     try:
-        yield Distributed()
+        yield Distributed(compression)
     finally:
         distributed.destroy_process_group()
 
 
-JOINS: dict[str, Callable[[float], AbstractContextManager[Workers]]] = {"ddp": _torchrun}
-
-
-def joined(name: str | None, *, timeout: float = TIMEOUT) -> AbstractContextManager[Workers]:
+def joined(name: str | None, *, timeout: float = TIMEOUT, compression: str = "none") -> AbstractContextManager[Workers]:
     """Join the other workers of this training, for as long as the context lasts.
 
     Args:
-        name: ``ddp`` for workers that `torchrun` (or ``parallel.launch``) started; None for a process on its own.
-        timeout: seconds until workers that do not answer count as lost.
+        name: ``ddp`` for workers that `torchrun` (or ``parallel.launch``) started, ``horovod`` for those of
+            ``horovodrun``, None for a process on its own.
+        timeout: seconds until workers that do not answer count as lost, of ``ddp``; ``horovodrun`` has an option.
+        compression: of the gradients while they are sent: ``none``, or ``fp16`` for half the bytes.
 
     Raises:
-        CompanionError: no such way to join, or the others cannot be found.
+        CompanionError: no such way to join, Horovod is not built, or the others cannot be found.
     """
+    if compression not in COMPRESSIONS:
+        raise CompanionError(f"there is no compression {compression!r}: choose one of {', '.join(COMPRESSIONS)}.")
     if name is None:
         return nullcontext(ALONE)
-    if name not in JOINS:
-        raise CompanionError(f"there is no way {name!r} to join workers: choose one of {', '.join(JOINS)}.")
-    return JOINS[name](timeout)
+    if name == "ddp":
+        return _torchrun(timeout, compression)
+    if name == "horovod":
+        from companion.train.horovod import horovodrun
+
+        return horovodrun(compression)
+    raise CompanionError(f"there is no way {name!r} to join workers: choose ddp or horovod.")

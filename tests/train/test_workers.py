@@ -1,9 +1,16 @@
 """Several workers train and judge as one process does."""
 
 import math
+import os
+import subprocess
+import sys
 from contextlib import suppress
 from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import cloudpickle
 import pytest
 import torch
 from torch import nn
@@ -179,10 +186,42 @@ def stop(epoch):
     raise Stop
 
 
-def everything(folder):
+def horovodrun(function, size, *arguments):
+    """As `launch`, with the workers that horovodrun starts."""
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "task").write_bytes(cloudpickle.dumps((function, arguments)))
+        command = [Path(sys.executable).with_name("horovodrun"), "-np", str(size), "-H", f"localhost:{size}"]
+        done = subprocess.run(
+            [*command, sys.executable, "-c", WORKER, name],
+            capture_output=True,
+            text=True,
+            timeout=200,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return [cloudpickle.loads((folder / str(rank)).read_bytes()) for rank in range(size)]
+
+
+WORKER = """
+import os, sys
+from pathlib import Path
+import cloudpickle, torch
+torch.set_num_threads(1)
+folder = Path(sys.argv[1])
+function, arguments = cloudpickle.loads((folder / "task").read_bytes())
+(folder / os.environ["HOROVOD_RANK"]).write_bytes(cloudpickle.dumps(function(*arguments)))
+"""
+
+needs_horovod = pytest.mark.skipif(find_spec("horovod") is None, reason="Horovod is not built here (make horovod)")
+START = {"ddp": launch, "horovod": horovodrun}
+WAYS = ["ddp", pytest.param("horovod", marks=needs_horovod)]
+
+
+def everything(how, folder):
     """What `test_workers_do_as_one_process` looks at, in one launch, which takes seconds."""
     found = {}
-    with train.joined("ddp") as workers:
+    with train.joined(how) as workers:
         rank, size = workers.rank, workers.size
         model = mlp(seed=rank)  # only the first one's counts
         history = fit(
@@ -240,15 +279,11 @@ def alone(tmp_path_factory):
     return found
 
 
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory):
-    return tmp_path_factory.mktemp("checkpoints")
-
-
+@pytest.mark.parametrize("how", WAYS)
 @pytest.mark.parametrize("size", [2, 4])
-def test_workers_do_as_one_process(size, alone, checkpoints):
+def test_workers_do_as_one_process(how, size, alone, tmp_path):
     """At 61 samples in batches of 8, the last batch has 5: two workers for 5, or four for 5."""
-    answers = launch(everything, size, checkpoints)
+    answers = START[how](everything, size, how, tmp_path)
     for found in answers:
         for what in ("plain", "parts", "synchronised", "resumed"):
             close(found[what], weights(alone[what]), 1e-9)
@@ -265,20 +300,21 @@ def test_workers_do_as_one_process(size, alone, checkpoints):
         assert "BatchNorm2d" in found["kinds"]
     # The first of two workers left this; one process goes on with it, in batches as large.
     model = mlp(seed=5)
-    path = checkpoints / f"first{size}"
+    path = tmp_path / f"first{size}"
     fit(model, blobs(), epochs=3, resume=True, checkpoint=path, batch_size=8 // size, lr=1e-2 / size)
     close(weights(model), weights(alone["resumed"]), 1e-9)
 
 
-def few(n):
-    with train.joined("ddp") as workers:
+def few(how, n):
+    with train.joined(how) as workers:
         model = mlp()
         fit(model, blobs(n), workers=workers, batch_size=2, lr=1e-2 / workers.size)
         return weights(model)
 
 
-def test_a_last_batch_with_fewer_samples_than_workers():
-    answers = launch(few, 3, 7)  # six and one
+@pytest.mark.parametrize("how", WAYS)
+def test_a_last_batch_with_fewer_samples_than_workers(how):
+    answers = START[how](few, 3, how, 7)  # six and one
     model = mlp()
     fit(model, blobs(7), batch_size=6)
     for found in answers:
@@ -312,6 +348,35 @@ def test_workers_that_torchrun_did_not_start_are_refused(monkeypatch):
         train.joined("ddp"),
     ):
         pass
+
+
+def halves(how):
+    """Gradients that float16 can and cannot hold, the mean over two workers."""
+    with train.joined(how, compression="fp16") as workers:
+        model = nn.Linear(3, 1, bias=False)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        nn.init.zeros_(model.weight)
+        forward, optimizer = workers.join(model, optimizer, 1)
+        optimizer.zero_grad()
+        own = torch.tensor([[1.0, 2049.0, 1e-9]]) * (1 + 2 * workers.rank)
+        forward(own).sum().backward()
+        workers.average(optimizer)
+        workers.step(torch.amp.GradScaler("cpu", enabled=False), optimizer)
+        return model.weight.detach()[0].tolist()
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_gradients_are_sent_in_sixteen_bits(how):
+    for found in START[how](halves, 2, how):
+        assert found[0] == -2.0
+        assert found[1] == pytest.approx(-2 * 2049, rel=2**-11)
+        assert found[1] != -2 * 2049  # which takes 12 bits
+        assert found[2] == 0.0
+
+
+def test_unknown_compressions_are_refused():
+    with pytest.raises(CompanionError, match="no compression 'int8': choose one of none, fp16"):
+        train.joined("ddp", compression="int8")
 
 
 def test_unknown_ways_to_join_are_refused():
