@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from companion.errors import CompanionError
+from companion.train.device import pick_device
 
 PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Name → what autocast casts to. tf32 casts nothing: the GPU drops 13 of the 23 bits of a factor's fraction itself."""
@@ -36,12 +37,13 @@ class Precision:
     device: torch.device
 
     @classmethod
-    def named(cls, name: str, device: torch.device) -> "Precision":
-        """The precision called ``fp32``, ``tf32``, ``bf16`` or ``fp16`` on a device.
+    def named(cls, name: str, device: torch.device | str | None = None) -> "Precision":
+        """The precision ``fp32``, ``tf32``, ``bf16`` or ``fp16`` on a device; None is a CUDA GPU or else the CPU.
 
         Raises:
-            CompanionError: no such precision, float16 on a CPU, or TF32 on anything but a CUDA GPU.
+            CompanionError: no such precision or device, float16 on a CPU, or TF32 on anything but a CUDA GPU.
         """
+        device = device if isinstance(device, torch.device) else pick_device(device)
         if name not in PRECISIONS:
             raise CompanionError(f"there is no precision {name!r}: choose one of {', '.join(PRECISIONS)}.")
         if name == "fp16" and device.type == "cpu":
@@ -116,8 +118,7 @@ class LossScaler:
     The loss times ``factor`` gives gradients times ``factor``, large enough for float16; they are divided again before
     the optimizer sees them. A gradient that overflowed costs that step and lowers the factor; after so many good steps
     in a row it is raised. Python looks at each gradient in turn, and a GPU has to wait each time: `fit` uses torch's.
-
-        scaler.scale(loss).backward(); scaler.step(optimizer); scaler.update()
+    A training step is ``scaler.scale(loss).backward()``, ``scaler.step(optimizer)``, ``scaler.update()``.
 
     Source: Micikevicius et al., 2018, section 3.2; the defaults are torch's.
     """

@@ -21,13 +21,22 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 # The policy
 
 
+def test_a_device_may_be_named_or_left_to_choose():
+    assert Precision.named("bf16", "cpu") == Precision("bf16", CPU)
+    assert Precision.named("fp32").device.type == ("cuda" if torch.cuda.is_available() else "cpu")
+    with pytest.raises(CompanionError, match="no device 'abacus'"):
+        Precision.named("fp32", "abacus")
+
+
 def test_unknown_names_and_formats_without_a_machine_are_refused():
     with pytest.raises(CompanionError, match="no precision 'fp8': choose one of fp32, tf32, bf16, fp16"):
         Precision.named("fp8", CPU)
     with pytest.raises(CompanionError, match="fp16 trains on a GPU only"):
         Precision.named("fp16", CPU)
     for device in (CPU, torch.device("mps")):
-        with pytest.raises(CompanionError, match=f"NVIDIA GPUs multiply float32: on the device {device.type} choose fp32"):
+        with pytest.raises(
+            CompanionError, match=f"NVIDIA GPUs multiply float32: on the device {device.type} choose fp32"
+        ):
             Precision.named("tf32", device)
 
 
