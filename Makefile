@@ -1,6 +1,6 @@
 # make site    the course site, from nothing, in build/site/
 # make test    every check but the long ones, from nothing
-# The other targets: lab, notebooks, lint, stress, wheel, lock, clean.
+# The other targets: horovod (compiled once, part of test), lab, notebooks, lint, stress, wheel, lock, clean.
 VENV ?= .venv
 PYTHON ?= python3
 PY := $(VENV)/bin/python
@@ -13,7 +13,7 @@ test stress: export OMP_NUM_THREADS ?= 1
 SHARED_DATA := $(wildcard ../shared/datasets)
 export COMPANION_TEST_DATA ?= $(if $(SHARED_DATA),$(abspath $(SHARED_DATA)))
 
-.PHONY: site test lint lab notebooks stress wheel lock clean
+.PHONY: site test horovod lint lab notebooks stress wheel lock clean
 
 site: $(VENV)/.site
 	$(PY) tools/build_site.py
@@ -21,9 +21,14 @@ site: $(VENV)/.site
 	$(PY) tools/check_browser.py build/site build/screenshots
 
 test: $(VENV)/.test
+	$(PY) tools/build_horovod.py --or-skip
 	$(PY) -m pytest
 	TQDM_DISABLE=1 PYTHONPATH=tests/offline $(PY) -m pytest --nbval --nbval-current-env --nbval-cell-timeout 300 \
 	    --nbval-sanitize-with tests/notebooks/sanitize.cfg -o filterwarnings= notebooks
+
+# The wheel stays in the user's cache, which `make clean` leaves alone.
+horovod: $(VENV)/.test
+	$(PY) tools/build_horovod.py
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .

@@ -92,7 +92,7 @@ PARTS = (
         "Horovod",
         "horovod",
         "distributed training (2.2.3)",
-        "does not build with a current PyTorch as it is: the recipe comes with 2.2.3",
+        "make horovod (compiles it on Linux, some minutes; into another environment: python tools/build_horovod.py)",
         "import horovod, horovod.torch as h; h.init(); print(horovod.__version__)",
     ),
     Part(

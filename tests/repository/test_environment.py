@@ -53,10 +53,9 @@ def test_all_is_everything_that_installs_without_a_gpu_or_a_compiler():
 def test_every_requirement_has_one_exact_version():
     pins = re.findall(r"(?m)^([A-Za-z0-9_.-]+)==(\S+)", (ROOT / "constraints.txt").read_text(encoding="utf-8"))
     pinned = {package.lower() for package, _ in pins}
-    needed = {name(requirement) for requirement in PROJECT["dependencies"]} | names(
-        *EXTRAS.keys() - {"all", "gpu", "horovod"}
-    )
-    assert needed <= pinned
+    needed = {name(requirement) for requirement in PROJECT["dependencies"]} | names(*EXTRAS.keys() - {"all", "gpu"})
+    assert needed - {"horovod"} <= pinned
+    assert "horovod==0.28.1" in EXTRAS["horovod"]  # compiled by tools/build_horovod.py, which `make lock` cannot
 
 
 def test_an_editable_install_needs_nothing_that_the_test_extra_does_not_bring():
