@@ -421,7 +421,7 @@ class Job:
         """
         losses, optimizer = [], self.optimizer
         assert self.forward is not None
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         for i, ((inputs, targets), share) in enumerate(zip(parts, shares, strict=True)):
             if (self.workers.rank, i) != (0, 0):  # other samples, other units dropped
                 seed_everything(derive_seed(self.settings["seed"], STEP, self.run.step, self.workers.rank, i))
