@@ -90,6 +90,10 @@ class Stage(nn.Module):
         loss.backward()
 
     ``layers.state_dict()`` has the names of the whole network.
+
+    Args:
+        layers: this worker's, see `split`.
+        group: the workers, by default all.
     """
 
     def __init__(self, layers: nn.Module, *, group: Any = None) -> None:
@@ -105,14 +109,14 @@ class Stage(nn.Module):
         # Autograd calls a function's backward only if an input needs a gradient, and a batch does not.
         anchor = torch.zeros((), requires_grad=torch.is_grad_enabled())
         if not self.first:
-            x = _Receive.apply(anchor, self.rank - 1, self.group)
+            x = Receive.apply(anchor, self.rank - 1, self.group)
         elif x is None:
             raise CompanionError("the first stage needs the batch: call stage(x).")
         x = self.layers(x)
-        return x if self.last else _Send.apply(x, anchor, self.rank + 1, self.group)
+        return x if self.last else Send.apply(x, anchor, self.rank + 1, self.group)
 
 
-class _Send(Function):
+class Send(Function):
     """Forward: the activation goes to the next stage. Backward: its gradient comes from there."""
 
     @staticmethod
@@ -130,7 +134,7 @@ class _Send(Function):
         return gradient, None, None, None
 
 
-class _Receive(Function):
+class Receive(Function):
     """Forward: the activation of the stage before. Backward: its gradient goes there."""
 
     @staticmethod
@@ -158,11 +162,16 @@ class Footprint:
     gradients: int
     optimizer: int
     step: Memory
-    """Peak of a step above these three: mostly activations."""
+    """Peak of a step above these three."""
+
+    @property
+    def activations(self) -> int:
+        """What torch allocated for a step: mostly these."""
+        return self.step.allocated
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.step.allocated
+        return self.weights + self.gradients + self.optimizer + self.activations
 
     def check(self, budget: int) -> None:
         """Raise a CompanionError if a device with ``budget`` bytes is too small."""
@@ -173,9 +182,8 @@ class Footprint:
             )
 
     def __str__(self) -> str:
-        parts = {"weights": self.weights, "gradients": self.gradients, "optimiser": self.optimizer}
-        rows = {**parts, "activations": self.step.allocated, "together": self.total}
-        return format_table([(name, format_bytes(number)) for name, number in rows.items()])
+        names = ("weights", "gradients", "optimizer", "activations", "total")
+        return format_table([(name, format_bytes(getattr(self, name))) for name in names])
 
 
 def measure_footprint(network: nn.Module, optimizer: torch.optim.Optimizer, step: Callable[[], Any]) -> Footprint:

@@ -43,6 +43,16 @@ class Pipeline:
     """Trains one stage per worker, by torch.distributed.pipelining, and writes down what each did when.
 
     Every step takes batches of one size.
+
+    Args:
+        layers: this worker's; the group's ranks are the stages in their order (see `split`).
+        microbatches: how many a batch is cut into.
+        loss: ``loss(outputs, target)``, the mean over a microbatch; gradients are those of the mean over the batch.
+        schedule: ``gpipe`` or ``1f1b``.
+        group: the workers, by default all.
+
+    Raises:
+        CompanionError: no such schedule, or too few microbatches for it.
     """
 
     events: list[Event]
@@ -57,15 +67,6 @@ class Pipeline:
         schedule: str = "1f1b",
         group: Any = None,
     ) -> None:
-        """Args:
-            layers: this worker's; the group's ranks are the stages in their order (see `split`).
-            microbatches: how many a batch is cut into.
-            loss: ``loss(outputs, target)``, the mean over a microbatch; gradients are those of the mean over the batch.
-            schedule: ``gpipe`` or ``1f1b``.
-
-        Raises:
-            CompanionError: no such schedule, or too few microbatches for it.
-        """
         from torch.distributed import pipelining  # takes a second
 
         stages = distributed.get_world_size(group)

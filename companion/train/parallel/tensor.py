@@ -27,16 +27,17 @@ class Block(nn.Module):
 
     The rows of ``qkv`` are queries, keys and values of the first head, then of the second, …, so that heads that stand
     side by side are rows that do.
+
+    Args:
+        width: of the tokens.
+        heads: a divisor of the width.
+        hidden: width of the MLP, by default four times that of the tokens.
+
+    Raises:
+        CompanionError: the heads do not divide the width.
     """
 
     def __init__(self, width: int, heads: int, hidden: int | None = None) -> None:
-        """Args:
-            width: of the tokens; ``heads`` divides it.
-            hidden: width of the MLP, by default four times that.
-
-        Raises:
-            CompanionError: the heads do not divide the width.
-        """
         super().__init__()
         if heads < 1 or width % heads:
             raise CompanionError(f"{heads} heads do not divide a width of {width}: choose a divisor.")
@@ -90,15 +91,17 @@ def _sum(x: Tensor, group: Any) -> Tensor:
 
 
 class ColumnLinear(nn.Module):
-    """A worker's share of a linear layer whose outputs are split: [N, …, in] to [N, …, out / workers]."""
+    """A worker's share of a linear layer whose outputs are split: [N, …, in] to [N, …, out / workers].
+
+    Args:
+        whole: the same on all workers; each copies its rows of the weight [out, in] and of the bias [out].
+        group: the workers, by default all.
+
+    Raises:
+        CompanionError: the outputs cannot be divided evenly.
+    """
 
     def __init__(self, whole: nn.Linear, group: Any = None) -> None:
-        """Args:
-            whole: the same on all workers; each copies its rows of the weight [out, in] and of the bias [out].
-
-        Raises:
-            CompanionError: the outputs cannot be divided evenly.
-        """
         super().__init__()
         self.group = group
         self.weight = _share(whole.weight, 0, "outputs", group)  # [out / workers, in]
@@ -109,15 +112,17 @@ class ColumnLinear(nn.Module):
 
 
 class RowLinear(nn.Module):
-    """A worker's share of a linear layer whose inputs are split: [N, …, in / workers] to [N, …, out]."""
+    """A worker's share of a linear layer whose inputs are split: [N, …, in / workers] to [N, …, out].
+
+    Args:
+        whole: the same on all workers; each copies its columns of the weight [out, in], and all of the bias.
+        group: the workers, by default all.
+
+    Raises:
+        CompanionError: the inputs cannot be divided evenly.
+    """
 
     def __init__(self, whole: nn.Linear, group: Any = None) -> None:
-        """Args:
-            whole: the same on all workers; each copies its columns of the weight [out, in], and all of the bias.
-
-        Raises:
-            CompanionError: the inputs cannot be divided evenly.
-        """
         super().__init__()
         self.group = group
         self.weight = _share(whole.weight, 1, "inputs", group)  # [out, in / workers]

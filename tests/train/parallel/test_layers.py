@@ -127,7 +127,7 @@ def test_three_stages_equal_one_process_with_adamw_and_need_less_memory_each():
     with pytest.raises(CompanionError, match=r"training needs .* and the device has .*: split the network"):
         whole.check(budget)
     assert [line.split()[0] for line in str(whole).splitlines()] == [
-        "weights", "gradients", "optimiser", "activations", "together",
+        "weights", "gradients", "optimizer", "activations", "total",
     ]  # fmt: skip
 
 
