@@ -10,6 +10,7 @@ __all__ = ["BENCHES", "Bench", "Cell", "get", "names", "run"]
 # Name → the module that defines it as BENCH, in the order of the chapter.
 BENCHES: dict[str, str] = {
     "compression": "companion.bench.compression",
+    "scaling": "companion.bench.scaling",
     "precision": "companion.bench.precision",
     "complexity": "companion.bench.complexity",
     "networks": "companion.bench.networks",
