@@ -1,6 +1,6 @@
 """Data parallel by hand: each worker has the whole network and its share of the batch; gradients are averaged (2.2.1).
 
-A step of every worker, alike on all of them:
+A step, which is written alike for every worker::
 
     loss = cross_entropy(model(inputs), targets) * loss_weight(len(inputs))
     loss.backward()

@@ -41,7 +41,7 @@ def _gather(value: Any) -> list[Any]:
 
 
 class Waiting:
-    """Hands on what ``stream`` gives, and tells the time spent waiting for it from the time spent working on it.
+    """Hands on what ``stream`` gives, and tells the time spent waiting for it from the time spent working on it::
 
         steps = Waiting(loader)
         for inputs, targets in steps:
