@@ -26,13 +26,6 @@ TIMEOUT = 300.0
 """Seconds until a worker counts as lost if it does not take part in what the others wait for."""
 COMPRESSIONS = ("none", "fp16")
 
-# torch 2.14 gave the argument another name.
-SYNC_BUFFERS = next(
-    name
-    for name in ("forward_sync_buffers", "broadcast_buffers")
-    if name in inspect.signature(DistributedDataParallel).parameters
-)
-
 
 class Workers:
     """One process on its own. Those that join several replace what differs."""
@@ -117,7 +110,10 @@ class Distributed(Workers):
 
     def join(self, model: nn.Module, optimizer: Optimizer, parts: int) -> tuple[nn.Module, Optimizer]:
         # The running statistics of batch normalisation are averaged by fit, not taken from rank 0 at every step.
-        joined = DistributedDataParallel(model, **{SYNC_BUFFERS: False})  # type: ignore[arg-type]
+        new = "forward_sync_buffers"  # the argument's name from torch 2.14 on
+        known = inspect.signature(DistributedDataParallel).parameters
+        own = {new if new in known else "broadcast_buffers": False}
+        joined = DistributedDataParallel(model, **own)  # type: ignore[arg-type]
         if self.compression == "fp16":
             joined.register_comm_hook(None, fp16_compress_hook)
         return joined, optimizer
