@@ -7,7 +7,7 @@ built for the CPU (PyTorch over Gloo, no MPI); what the build needs and leaves s
 ``--or-skip``, a machine that cannot compile it is told so and all is well, unless the environment variable CI is set.
 """
 
-import json
+import hashlib
 import os
 import platform
 import shlex
@@ -18,6 +18,7 @@ import sysconfig
 import tomllib
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).resolve().parents[1]
 VERSION = "0.28.1"
@@ -25,19 +26,24 @@ SHA256 = "92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0"  # o
 CMAKE = "cmake==3.31.10"  # from 4 on, CMake refuses the age of Gloo's build files
 
 # Horovod's CMakeLists.txt asks for C++14, PyTorch's headers for C++20: after project(), C++14 gets C++20's options.
+# Messages name the source file without the folder it was compiled in; no symbols for a debugger, so sooner and smaller.
 # A CUDA compiler is hidden, because Horovod's kernels are too old for a current one.
-CPP20 = """
+AFTER_PROJECT = """
 set(CMAKE_CXX14_STANDARD_COMPILE_OPTION -std=c++20)
 set(CMAKE_CXX14_EXTENSION_COMPILE_OPTION -std=gnu++20)
+string(APPEND CMAKE_CXX_FLAGS " -ffile-prefix-map=${CMAKE_SOURCE_DIR}/=")
+set(CMAKE_CXX_FLAGS_RELWITHDEBINFO "-O2 -DNDEBUG")
 """
 TOOLCHAIN = """
-set(CMAKE_PROJECT_INCLUDE "{cpp20}")
+set(CMAKE_PROJECT_INCLUDE "{after_project}")
 set(CMAKE_CUDA_COMPILER NOTFOUND)
 set(CMAKE_DISABLE_FIND_PACKAGE_CUDAToolkit ON)
 """
 HIDE_CUDA = """
-import torch.utils.cpp_extension
-torch.utils.cpp_extension.CUDA_HOME = None
+import sys
+if "-c" in sys.orig_argv:  # what CMake asks of Python, not pip itself: torch takes its time
+    import torch.utils.cpp_extension
+    torch.utils.cpp_extension.CUDA_HOME = None
 """
 
 
@@ -75,13 +81,11 @@ def build(place: Path) -> Path:
     with (place / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (wheels := list(place.glob("*.whl"))):
-            work = place / "work"
-            shutil.rmtree(work, ignore_errors=True)  # of a build that was killed
-            try:
-                wheels = [_compile(work, place / "build.log")]
-                wheels = [wheels[0].replace(place / wheels[0].name)]
-            finally:
-                shutil.rmtree(work, ignore_errors=True)
+            # Not in the cache: Horovod does not link in a folder whose name has a space.
+            with TemporaryDirectory(prefix="horovod-", ignore_cleanup_errors=True) as work:
+                made = _compile(Path(work), place / "build.log")
+                shutil.copy(made, place / "part")
+            wheels = [(place / "part").rename(place / made.name)]
         return wheels[0]
 
 
@@ -93,10 +97,10 @@ def _compile(work: Path, log: Path) -> Path:
         flush=True,
     )
     tools = work / "tools"  # importable during the build, beside what is installed
-    tools.mkdir(parents=True)
+    tools.mkdir()
     (tools / "sitecustomize.py").write_text(HIDE_CUDA)
-    (tools / "cpp20.cmake").write_text(CPP20)
-    (tools / "toolchain.cmake").write_text(TOOLCHAIN.format(cpp20=tools / "cpp20.cmake"))
+    (tools / "after_project.cmake").write_text(AFTER_PROJECT)
+    (tools / "toolchain.cmake").write_text(TOOLCHAIN.format(after_project=tools / "after_project.cmake"))
     (tools / "horovod.txt").write_text(f"horovod=={VERSION} --hash=sha256:{SHA256}\n")
     cores = len(os.sched_getaffinity(0))
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HOROVOD_", "CMAKE_"))} | {
@@ -136,12 +140,12 @@ def install(wheel: Path) -> None:
 
 
 def installed(wheel: Path) -> bool:
-    """Whether this environment's Horovod came from this file."""
+    """Whether this environment's Horovod came from this very file."""
     try:
         origin = distribution("horovod").read_text("direct_url.json")  # pip's note (PEP 610)
     except PackageNotFoundError:
         return False
-    return origin is not None and json.loads(origin)["url"] == wheel.as_uri()
+    return origin is not None and hashlib.sha256(wheel.read_bytes()).hexdigest() in origin
 
 
 def main() -> None:
@@ -161,3 +165,5 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         sys.exit("stopped; the same command starts again")
+    except (OSError, subprocess.CalledProcessError) as error:  # a full disk, a cache that cannot be written, …
+        sys.exit(f"Horovod was not installed: {error}")

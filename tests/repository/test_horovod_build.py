@@ -8,6 +8,7 @@ import sys
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -51,7 +52,7 @@ def test_no_obstacle_where_everything_is_there(able):
     assert build_horovod.obstacle() == ""
 
 
-def no_torch(name):
+def not_there(name):
     raise build_horovod.PackageNotFoundError(name)
 
 
@@ -59,7 +60,7 @@ def no_torch(name):
     ("owner", "name", "value", "says"),
     [
         (build_horovod.sys, "platform", "darwin", "on Linux only"),
-        (build_horovod, "version", no_torch, "against PyTorch"),
+        (build_horovod, "version", not_there, "against PyTorch"),
         (build_horovod.shutil, "which", lambda name: None if name == "c++" else name, "no c++ here"),
         (build_horovod.shutil, "which", lambda name: None if name == "make" else name, "no make here"),
         (build_horovod.sysconfig, "get_path", lambda _: "/nowhere", "python3-dev"),
@@ -134,7 +135,6 @@ def test_a_wheel_is_built_once(pip, tmp_path):
     wheel = build_horovod.build(tmp_path / "place")
     assert wheel == build_horovod.build(tmp_path / "place") == tmp_path / "place" / "horovod-0.28.1-x.whl"
     assert runs.read_text().count("run") == 2  # CMake, then the wheel
-    assert not (tmp_path / "place" / "work").exists()
 
 
 @linux
@@ -150,21 +150,21 @@ def test_a_failure_shows_the_end_of_the_log_and_leaves_no_wheel(pip, tmp_path):
 
 @linux
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_a_build_that_was_killed_leaves_nothing_that_looks_like_a_wheel(pip, tmp_path, how):
+def test_a_build_that_was_killed_leaves_nothing_that_looks_like_a_wheel(pip, monkeypatch, tmp_path, how):
     runs, place = pip("sleep 60"), tmp_path / "place"
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     builder = start(place)
-    while not list(place.glob("work/*.whl")):
+    while not list(tmp_path.glob("horovod-*/*.whl")):
         assert builder.poll() is None
         time.sleep(0.05)
     os.killpg(builder.pid, how)
     builder.communicate(timeout=30)
     assert builder.returncode != 0
     assert not list(place.glob("*.whl"))
-    assert (place / "work").exists() == (how == signal.SIGKILL)
+    assert bool(list(tmp_path.glob("horovod-*"))) == (how == signal.SIGKILL)
     runs = pip("exit 0")
     assert build_horovod.build(place).is_file()
     assert runs.read_text().count("run") == 4
-    assert not (place / "work").exists()
 
 
 @linux
@@ -192,7 +192,19 @@ def test_a_source_with_another_checksum_is_refused(monkeypatch, tmp_path):
     assert not list((tmp_path / "place").glob("*.whl"))
 
 
-# Run by two workers. The third tensor is changed in place, the fourth travels as float16.
+def test_what_is_installed_is_known_by_its_checksum(monkeypatch, tmp_path):
+    wheel = tmp_path / "horovod.whl"
+    wheel.write_bytes(b"abc")  # whose SHA-256 is the first example of FIPS 180-2
+    note = '{"archive_info": {"hash": "sha256=ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"}}'
+    monkeypatch.setattr(build_horovod, "distribution", lambda _: SimpleNamespace(read_text=lambda _: note))
+    assert build_horovod.installed(wheel)
+    wheel.write_bytes(b"abd")
+    assert not build_horovod.installed(wheel)
+    monkeypatch.setattr(build_horovod, "distribution", not_there)
+    assert not build_horovod.installed(wheel)
+
+
+# What each of two workers runs.
 WORKER = """
 import horovod.torch as hvd
 import torch
