@@ -143,7 +143,7 @@ def _evaluation(
         data, batch_size * workers.size, task.collate, seed=0, shuffle=False, rank=workers.rank, size=workers.size
     )
     modes = {module: module.training for module in model.modules()}
-    with placed(model, policy.device), own_randomness():
+    with placed(model, policy.device), policy.arithmetic(), own_randomness():
         stream = batches.iterate(range(batches.steps), num_workers=num_workers, pin_memory=policy.pin_memory)
         with progress_bar(show=progress and workers.rank == 0, total=batches.steps, unit="batch") as bar:
             try:

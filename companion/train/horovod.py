@@ -9,17 +9,14 @@ A. Sergeev and M. Del Balso, Horovod: fast and easy distributed deep learning in
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from companion.errors import CompanionError
-from companion.train.workers import Workers, lost
-
-if TYPE_CHECKING:
-    from companion.train.loop import Job
+from companion.train.workers import Job, Workers, lost
 
 COMMIT = 10
 """Steps after which an elastic run keeps a copy of its state: what the loss of a worker may cost."""
@@ -95,7 +92,7 @@ class Horovod(Workers):
 class Elastic(Horovod):
     """Workers of which some may be lost, and others join, while they train."""
 
-    def run(self, job: "Job") -> None:
+    def run(self, job: Job) -> None:
         from horovod.common.elastic import State
 
         class Committed(State):
@@ -114,8 +111,8 @@ class Elastic(Horovod):
         self.committed = Committed(self.share, self.hvd.rank)
         self.hvd.elastic.run(lambda _: job.go_on())(self.committed)
 
-    def commit(self, job: "Job", *, whole: bool) -> None:
-        if whole or job.run.step % COMMIT == 0:
+    def commit(self, job: Job, *, whole: bool) -> None:
+        if whole or job.step % COMMIT == 0:
             self.committed.commit()
 
 

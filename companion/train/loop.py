@@ -121,7 +121,7 @@ def fit(
         lr: peak learning rate, for each worker; it rises over the first 5 % of the steps and falls to zero along a
             cosine.
         weight_decay: AdamW's.
-        precision: ``fp32``, ``bf16`` or ``fp16`` (GPU only); the weights stay float32.
+        precision: ``fp32``, ``bf16``, or on a GPU ``fp16`` and ``tf32``; the weights stay float32.
         accumulate: parts in which a worker computes its samples of a step, one after the other: the step is the same
             (but for batch normalisation, which sees a part at a time), and activations take as much less memory.
         clip_norm: the longest gradient that a step may apply, as the 2-norm over all weights; a longer one is
@@ -288,6 +288,11 @@ class Job:
             rank=self.workers.rank,
             size=self.workers.size,
         )
+
+    @property
+    def step(self) -> int:
+        """How many are done."""
+        return self.run.step
 
     @property
     def parts(self) -> dict[str, Any]:

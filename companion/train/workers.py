@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, distributed, nn
@@ -19,12 +19,29 @@ from torch.optim import Optimizer
 
 from companion.errors import CompanionError
 
-if TYPE_CHECKING:
-    from companion.train.loop import Job
-
 TIMEOUT = 300.0
 """Seconds until a worker counts as lost if it does not take part in what the others wait for."""
 COMPRESSIONS = ("none", "fp16")
+
+
+class Job(Protocol):
+    """A training, as far as its workers need to know it: that of `fit`."""
+
+    @property
+    def step(self) -> int:
+        """How many steps are done."""
+
+    def begin(self) -> None:
+        """Make all workers' states that of the first."""
+
+    def go_on(self) -> None:
+        """Train to the end."""
+
+    def copy(self) -> dict[str, Any]:
+        """The state as it is now, whatever becomes of it."""
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
 
 
 class Workers:
@@ -67,12 +84,12 @@ class Workers:
         """Change the weights by gradients that are averaged by now."""
         scaler.step(optimizer)
 
-    def run(self, job: "Job") -> None:
+    def run(self, job: Job) -> None:
         """Train from where the job is to its end."""
         job.begin()
         job.go_on()
 
-    def commit(self, job: "Job", *, whole: bool) -> None:
+    def commit(self, job: Job, *, whole: bool) -> None:
         """A step is done (and, if ``whole``, an epoch): what comes after a loss of workers may begin here."""
 
     @contextmanager
