@@ -172,12 +172,21 @@ _CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "a
 
 _TORCH_REPORT = """
 import json, torch
+from companion.errors import CompanionError
+from companion.train.amp import PRECISIONS, Precision
+
+def state(name):
+    try:
+        return Precision.named(name, "cuda" if gpus else "cpu").advice or ("works" if name == "fp32" else "fast")
+    except CompanionError:
+        return "needs a GPU"
+
 gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
 print(json.dumps({
     "threads": torch.get_num_threads(),
     "accelerators": [f"cuda:{i} {gpu.name}, {gpu.total_memory / 2**30:.0f} GiB" for i, gpu in enumerate(gpus)]
     + (["mps"] if torch.backends.mps.is_available() else []),
-    "bf16_cpu": bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+    "precisions": {name: state(name) for name in PRECISIONS},
 }))
 """
 
@@ -203,8 +212,7 @@ def report() -> dict[str, Any]:
         torch_report = pool.submit(_run, _TORCH_REPORT)
         findings = list(pool.map(examine, PARTS))
     ok, text = torch_report.result()
-    torch = json.loads(text) if ok else {"threads": None, "accelerators": [], "bf16_cpu": False}
-    gpu = any(name.startswith("cuda") for name in torch["accelerators"])
+    torch = json.loads(text) if ok else {"threads": None, "accelerators": [], "precisions": {}}
     return {
         "companion": companion.__version__,
         "python": platform.python_version(),
@@ -212,10 +220,6 @@ def report() -> dict[str, Any]:
         "cpu": _cpu(),
         "threads": torch["threads"],
         "accelerators": torch["accelerators"],
-        "precisions": {
-            "fp32": "works",
-            "bf16": "fast" if gpu or torch["bf16_cpu"] else "works, but slowly: this CPU has no instructions for it",
-            "fp16": "fast" if gpu else "needs a GPU",
-        },
+        "precisions": torch["precisions"],
         "parts": [asdict(finding) for finding in findings],
     }

@@ -425,7 +425,7 @@ def test_doctor_json_is_complete(capsys, monkeypatch):
     assert code == 0
     assert found["parts"][0]["state"] == "works"
     assert found["cpu"]["cores"] >= 1
-    assert found["precisions"].keys() == {"fp32", "bf16", "fp16"}
+    assert found["precisions"].keys() == {"fp32", "tf32", "bf16", "fp16"}
     assert found["precisions"]["fp32"] == "works"
     assert (found["accelerators"] == []) == (not torch.cuda.is_available() and not torch.backends.mps.is_available())
 
