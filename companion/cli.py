@@ -158,7 +158,7 @@ def train(
         if advice := training.Precision.named(precision, device).advice:
             say(advice)
         if joined.size > 1:
-            say(f"{joined.size} workers ({joined.name}), {joined.size * batch_size} images a step")
+            say(f"{joined.size} workers ({joined.name})")
         try:
             history = training.fit(
                 network,

@@ -90,7 +90,9 @@ def _on_cpu(name: str, instructions: bool = True) -> list[Row]:
     before = os.environ.get(ISA)
     os.environ[ISA] = "AVX512_CORE"
     try:
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        with ProcessPoolExecutor(
+            1, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
+        ) as pool:
             where = "CPU, its bf16 instructions off"
             return pool.submit(_compare, name, NETWORKS[name], VARIANTS, where=where).result()
     finally:

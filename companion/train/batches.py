@@ -66,7 +66,7 @@ class Batches(Dataset):
         collate: samples → (inputs, targets).
         seed: of the order and of the samples' random transforms.
         shuffle: a new order for each epoch, and transforms for each batch; else both stay the same.
-        parts: how many a worker's share of a batch is computed in, as far as it has samples.
+        parts: how many a worker's share of a batch is computed in, as far as all workers have samples.
         rank, size: which worker this is, of how many.
         lend: a worker for whom a batch has no sample gets its first one, so that all have something to do.
     """
@@ -103,7 +103,9 @@ class Batches(Dataset):
         own = range(self.rank, self.samples(step), self.size)
         if not own and self.lend:
             own = range(1)
-        parts = min(self.parts, len(own))
+        parts = min(self.parts, max(1, self.samples(step) // self.size))  # as many as the others
+        if not own:
+            return []
         return [own[len(own) * i // parts : len(own) * (i + 1) // parts] for i in range(parts)]
 
     def __getitem__(self, step: int) -> Any:
@@ -113,7 +115,8 @@ class Batches(Dataset):
             seed = derive_seed(self.seed, ORDER, epoch)
             self._order = (epoch, permutation(n, seed) if self.shuffle else range(n))
         # Judged data keep the same random transforms in every epoch, so that the scores compare.
-        seed_everything(derive_seed(self.seed, SAMPLES, step if self.shuffle else k))
+        others = (self.rank,) if self.rank else ()  # draw other numbers, for other samples
+        seed_everything(derive_seed(self.seed, SAMPLES, step if self.shuffle else k, *others))
         indices = self._order[1][k * self.batch_size : (k + 1) * self.batch_size]
         try:
             return [self.collate([self.data[indices[i]] for i in part]) for part in self.share(step)]

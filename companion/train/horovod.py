@@ -79,6 +79,9 @@ class Horovod(Workers):
         with optimizer.skip_synchronize():
             scaler.step(optimizer)
 
+    def leave(self, optimizer: Any) -> None:
+        optimizer._grad_accs.clear()  # else it would go on sending gradients, beside the optimizer of a next training
+
     @contextmanager
     def losses(self) -> Iterator[None]:
         from horovod.common.exceptions import HorovodInternalError
@@ -91,6 +94,8 @@ class Horovod(Workers):
 
 class Elastic(Horovod):
     """Workers of which some may be lost, and others join, while they train."""
+
+    commit_steps = COMMIT
 
     def run(self, job: Job) -> None:
         from horovod.common.elastic import State
@@ -109,11 +114,11 @@ class Elastic(Horovod):
                 self.save()
 
         self.committed = Committed(self.share, self.hvd.rank)
+        self.committed.save()  # for one that is lost before all have begun
         self.hvd.elastic.run(lambda _: job.go_on())(self.committed)
 
-    def commit(self, job: Job, *, whole: bool) -> None:
-        if whole or job.step % COMMIT == 0:
-            self.committed.commit()
+    def commit(self) -> None:
+        self.committed.commit()
 
 
 class _Dense:

@@ -212,6 +212,7 @@ def fit(
         clip_norm=clip_norm,
         num_workers=num_workers,
         checkpoint=None if checkpoint is None else Path(checkpoint),
+        resume=resume,
         checkpoint_seconds=checkpoint_seconds,
         on_epoch=on_epoch,
         progress=progress,
@@ -219,19 +220,8 @@ def fit(
     )
     together = synchronized_batch_norm(model, all_reduce=workers.sum) if sync_batch_norm else nullcontext()
     with own_randomness(), placed(model, policy.device), policy.arithmetic(), workers.losses(), together:
-        if checkpoint is not None and workers.rank == 0:
-            check_writable(checkpoint)
-            if Path(checkpoint).exists():
-                if not resume:
-                    raise CompanionError(
-                        f"{checkpoint} holds an unfinished run: resume it, or delete it to start again."
-                    )
-                state = checkpoints.load(checkpoint, settings)
-                try:
-                    job.load(state)
-                except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-                    raise checkpoints.damaged(checkpoint) from error
         workers.run(job)
+        workers.leave(job.optimizer)
         assert job.run.best is not None  # epochs >= 1
         model.load_state_dict(job.run.best["weights"])
     model.eval()
@@ -256,6 +246,7 @@ class Job:
     clip_norm: float
     num_workers: int
     checkpoint: Path | None
+    resume: bool
     checkpoint_seconds: float
     on_epoch: Callable[[Epoch], None] | None
     progress: bool
@@ -290,11 +281,6 @@ class Job:
         )
 
     @property
-    def step(self) -> int:
-        """How many are done."""
-        return self.run.step
-
-    @property
     def parts(self) -> dict[str, Any]:
         """What has a state, besides the run itself."""
         return {"model": self.model, "optimizer": self.optimizer, "scaler": self.scaler}
@@ -317,8 +303,32 @@ class Job:
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
 
+    def _take_up(self) -> None:
+        """Go on from the checkpoint, if there is one."""
+        if self.checkpoint is None:
+            return
+        check_writable(self.checkpoint)
+        if self.checkpoint.exists():
+            if not self.resume:
+                raise CompanionError(
+                    f"{self.checkpoint} holds an unfinished run: resume it, or delete it to start again."
+                )
+            state = checkpoints.load(self.checkpoint, self.settings)
+            try:
+                self.load(state)
+            except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+                raise checkpoints.damaged(self.checkpoint) from error
+
     def begin(self) -> None:
         """Give all workers the state of the first, after a look at whether they do the same."""
+        refusal = None
+        if self.forward is None and self.workers.rank == 0:
+            try:
+                self._take_up()
+            except CompanionError as error:
+                if self.workers.size == 1:
+                    raise
+                refusal = str(error)  # of all workers, or the others would wait for this one
         if self.workers.size > 1:
             shapes = {key: (tuple(value.shape), str(value.dtype)) for key, value in self.model.state_dict().items()}
             ours = shapes | self.settings
@@ -329,7 +339,10 @@ class Job:
                             f"workers {self.workers.rank} and {rank} differ in {key}, {ours.get(key)} and "
                             f"{theirs.get(key)}: start all of them with the same network and arguments."
                         )
-            self.load(self.workers.share(self.state()))
+            refusal, state = self.workers.share((refusal, self.state()))
+            if refusal:
+                raise CompanionError(refusal)
+            self.load(state)
         if self.forward is None:
             self.forward, self.optimizer = self.workers.join(self.model, self.optimizer, self.accumulate)
 
@@ -381,7 +394,8 @@ class Job:
                 bar.update()
 
                 ends_epoch = run.step % batches.steps == 0
-                if ends_epoch or saves:
+                commits = ends_epoch or (workers.commit_steps > 0 and run.step % workers.commit_steps == 0)
+                if commits or saves:
                     own = torch.tensor([loss_sum.item(), weight_sum.item()], dtype=torch.float64)
                     run.loss_sum, weight = workers.sum(own).tolist()
                     run.weight_sum = int(weight)
@@ -410,7 +424,8 @@ class Job:
                         assert self.checkpoint is not None
                         checkpoints.save(self.checkpoint, self.state(), self.settings)
                     last_saved = time.monotonic()
-                workers.commit(self, whole=ends_epoch)
+                if commits:
+                    workers.commit()
 
     def _change(self, batches: Batches, part: Any, number: int) -> tuple[Any, Any]:
         """A part of a batch on the device, augmented; draws what dropout will draw from."""

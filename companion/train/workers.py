@@ -27,10 +27,6 @@ COMPRESSIONS = ("none", "fp16")
 class Job(Protocol):
     """A training, as far as its workers need to know it: that of `fit`."""
 
-    @property
-    def step(self) -> int:
-        """How many steps are done."""
-
     def begin(self) -> None:
         """Make all workers' states that of the first."""
 
@@ -51,7 +47,9 @@ class Workers:
     rank = 0
     size = 1
     local_rank = 0
-    """Rank among the workers of this machine: which of its GPUs to take."""
+    """Rank among the workers of this machine."""
+    commit_steps = 0
+    """How often to `commit` within an epoch; 0 for never."""
 
     def sum(self, values: Tensor) -> Tensor:
         """Add up ``values``, a tensor of one shape on every worker, in place; returns it."""
@@ -89,8 +87,11 @@ class Workers:
         job.begin()
         job.go_on()
 
-    def commit(self, job: Job, *, whole: bool) -> None:
-        """A step is done (and, if ``whole``, an epoch): what comes after a loss of workers may begin here."""
+    def commit(self) -> None:
+        """At the end of an epoch, and every ``commit_steps``: after a loss of workers the run may begin again here."""
+
+    def leave(self, optimizer: Optimizer) -> None:
+        """The training is over: the optimizer of `join` is not used again."""
 
     @contextmanager
     def losses(self) -> Iterator[None]:

@@ -56,7 +56,8 @@ def test_without_instructions_runs_in_a_process_of_its_own_and_leaves_ours_alone
     seen = {}
 
     class Pool:
-        def __init__(self, workers, mp_context):
+        def __init__(self, workers, mp_context, initializer, initargs):
+            assert (initializer, initargs) == (torch.set_num_threads, (1,))
             assert mp_context.get_start_method() == "spawn"  # a fork would have oneDNN already started
 
         def __enter__(self):

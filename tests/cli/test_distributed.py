@@ -45,7 +45,7 @@ def test_two_workers_print_and_write_what_one_process_would(two, tmp_path):
     command = [sys.executable, *COMMAND, *ARGUMENTS, "w.safetensors", "--batch-size", "64", "--lr", "6e-3"]
     one = run(tmp_path, *command)
     assert one.returncode == 0, one.stderr
-    printed = printed.replace("2 workers (ddp), 64 images a step\n", "", 1)
+    printed = printed.replace("2 workers (ddp)\n", "", 1)
     (words, found), (expected_words, expected) = figures(printed), figures(one.stdout)
     assert words == expected_words
     # float32: the sums are rounded in another order, and networks enlarge that from step to step.
@@ -96,10 +96,9 @@ def test_a_worker_is_killed_and_the_run_goes_on(two, tmp_path):
     workers = [pid for pid in children if b"--distributed" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     assert len(workers) == 2
     os.kill(workers[1], signal.SIGKILL)
-    _, err = process.communicate(timeout=120)
+    process.communicate(timeout=120)
     assert process.returncode != 0
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
-    assert re.search(r"^companion: worker 0 of 2 lost the others \(one died", err, re.MULTILINE) or "SIGTERM" in err
     assert not (tmp_path / "w.safetensors").exists()
     resumed = run(tmp_path, *TWO, "w.safetensors", "--resume")
     assert resumed.returncode == 0, resumed.stderr

@@ -17,10 +17,20 @@ import pytest
 SSHD = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
 IP = shutil.which("ip", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
 
+
+def may_make_hosts() -> bool:
+    """Root in a container often may not."""
+    name = f"companion-{os.getpid()}-try"
+    made = bool(IP) and subprocess.run([IP, "netns", "add", name], capture_output=True).returncode == 0
+    if made:
+        subprocess.run([IP, "netns", "delete", name], check=True, capture_output=True)
+    return made
+
+
 pytestmark = [
     pytest.mark.skipif(find_spec("horovod") is None, reason="Horovod is not built here (make horovod)"),
     pytest.mark.skipif(not (SSHD and IP and shutil.which("ssh")), reason="needs ip, ssh and sshd"),
-    pytest.mark.skipif(getattr(os, "geteuid", lambda: 1)() != 0, reason="only root can make network namespaces"),
+    pytest.mark.skipif(not may_make_hosts(), reason="cannot make network namespaces here, which takes root's rights"),
     pytest.mark.stress,
     pytest.mark.timeout(600),
 ]

@@ -20,6 +20,7 @@ from companion import CompanionError, datasets, models, train
 from companion.train.batches import Batches
 from companion.train.parallel import WorkerError, launch
 from companion.train.tasks import TASKS
+from companion.train.workers import Distributed
 
 
 def blobs(n=61, classes=3, seed=0):
@@ -348,6 +349,52 @@ def test_workers_that_torchrun_did_not_start_are_refused(monkeypatch):
         train.joined("ddp"),
     ):
         pass
+
+
+@pytest.mark.parametrize(
+    ("raised", "sentence"),
+    [
+        (RuntimeError("[gloo/transport/tcp/pair.cc:1] Connection closed by peer"), "worker 1 of 3 lost the others"),
+        (torch.distributed.DistNetworkError("reset"), "worker 1 of 3 lost the others"),
+        (RuntimeError("shapes differ"), "^shapes differ$"),
+    ],
+)
+def test_a_lost_worker_is_one_sentence(raised, sentence):
+    workers = object.__new__(Distributed)
+    workers.rank, workers.size = 1, 3
+    with pytest.raises((CompanionError, RuntimeError), match=sentence) as caught, workers.losses():
+        raise raised
+    assert isinstance(caught.value, CompanionError) == ("lost" in sentence)
+
+
+def together(how, folder):
+    """What needs several trainings of one network, and all workers to refuse what one of them cannot do."""
+    with train.joined(how) as workers:
+        path = folder / "checkpoint"
+        found = {}
+        model = convolutions()
+        # The last batch has 5 samples: 3 and 2, in as many parts each.
+        fit(model, pictures(29), workers=workers, sync_batch_norm=True, batch_size=4, accumulate=4)
+        for _ in range(2):
+            fit(model, pictures(29), workers=workers, batch_size=4)
+        found["weights"] = weights(model)
+        with suppress(Stop):
+            fit(mlp(), blobs(), on_epoch=stop, checkpoint=path, checkpoint_seconds=0, workers=workers)
+        for name, options in {"not resumed": {}, "of another run": {"resume": True, "weight_decay": 0.5}}.items():
+            try:
+                fit(mlp(), blobs(), checkpoint=path, workers=workers, **options)
+            except CompanionError as error:
+                found[name] = str(error)
+    return found
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_one_training_after_the_other(how, tmp_path):
+    answers = START[how](together, 2, how, tmp_path)
+    for found in answers:
+        assert torch.equal(found["weights"], answers[0]["weights"])
+        assert "holds an unfinished run: resume it" in found["not resumed"]
+        assert "is of another run: its weight_decay is 0.01, this run's 0.5" in found["of another run"]
 
 
 def halves(how):

@@ -57,7 +57,7 @@ def naive_all_reduce(tensor: Tensor) -> Traffic:
     """The same by way of worker 0, which adds up what the others send, and sends each of them the sum.
 
     Worker 0 receives n - 1 tensors and then sends as many, while the others mostly wait: against a ring, its link has
-    n times as much to carry. Arguments, result and errors are those of `ring_all_reduce`.
+    n/2 times as much to carry in each direction. Arguments, result and errors are those of `ring_all_reduce`.
     """
     rank, n = distributed.get_rank(), distributed.get_world_size()
     flat = _flat(tensor)

@@ -36,7 +36,7 @@ def broadcast_model(model: nn.Module) -> None:
 
 
 def average_gradients(model: nn.Module, *, all_reduce: AllReduce = distributed.all_reduce) -> None:
-    """Replace each parameter's gradient by its mean over all workers, in place and in one message.
+    """Replace each parameter's gradient by its mean over all workers, in one message.
 
     A parameter without a gradient on this worker counts as zeros. With losses that were multiplied by `loss_weight`,
     the mean is the gradient of the whole batch.

@@ -46,10 +46,10 @@ def hybrid(network: Any, mesh: DeviceMesh, *, by: str = "layers") -> Any:
     """
     group = mesh["model"].get_group()
     if by == "layers":
-        stages = split(network, mesh["model"].size())
+        stages = split(network.to(device()), mesh["model"].size())
         part: nn.Module = Stage(stages[mesh["model"].get_local_rank()], group=group)
     elif by == "tensor":
-        part = shard(network, group)
+        part = shard(network.to(device()), group)
     else:
         raise CompanionError(f"a network is not split by {by!r}: choose layers or tensor.")
-    return DistributedDataParallel(part.to(device()), process_group=mesh["data"].get_group())
+    return DistributedDataParallel(part, process_group=mesh["data"].get_group())

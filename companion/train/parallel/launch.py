@@ -128,7 +128,7 @@ def _processes(workers: int, folder: Path, threads: int) -> Iterator[list[subpro
     finally:
         for process in processes:
             if hasattr(os, "killpg"):
-                with suppress(ProcessLookupError):
+                with suppress(ProcessLookupError, PermissionError):  # it is gone; the second is macOS's word for it
                     os.killpg(process.pid, signal.SIGKILL)
             process.kill()
         for process in processes:
@@ -138,23 +138,28 @@ def _processes(workers: int, folder: Path, threads: int) -> Iterator[list[subpro
 def _results(processes: list[subprocess.Popen], folder: Path, deadline: float, timeout: float) -> list[Any]:
     workers = len(processes)
     results: dict[int, tuple[float, bool, Any]] = {}
+    failed = False
     while True:
         for rank in range(workers):
             if rank not in results and (folder / f"{rank}.result").exists():
                 results[rank] = cloudpickle.loads((folder / f"{rank}.result").read_bytes())
-        # If one fails, those that wait for it fail next: what counts is who was first.
-        failures = sorted((when, rank, text) for rank, (when, ok, text) in results.items() if not ok)
-        if failures:
-            _, rank, text = failures[0]
-            reason = text.strip().splitlines()[-1]
-            raise WorkerError(f"worker {rank} of {workers} failed: {reason.rstrip('.')}.", text)
-        if len(results) == workers:
+        if len(results) == workers and all(ok for _, ok, _ in results.values()):
             return [results[rank][2] for rank in range(workers)]
+        # If one fails, those that wait for it fail next: what counts is who died, for none does that raised, or else
+        # who raised first.
         for rank, process in enumerate(processes):
             code = process.poll()
             if code is not None and rank not in results and not (folder / f"{rank}.result").exists():
                 how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
                 raise WorkerError(f"worker {rank} of {workers} {how}.", _output(folder, rank))
+        failures = sorted((when, rank, text) for rank, (when, ok, text) in results.items() if not ok)
+        if failures and not failed:
+            failed = True
+            time.sleep(0.2)  # one that died is not always known to be dead when the others notice
+            continue
+        if failures:
+            _, rank, (reason, text) = failures[0]
+            raise WorkerError(f"worker {rank} of {workers} failed: {reason.rstrip('.')}.", text)
         if time.time() > deadline:
             late = [rank for rank in range(workers) if rank not in results]
             detail = "\n".join(f"worker {rank}:\n{_output(folder, rank, 'stack')}" for rank in late)
@@ -193,7 +198,9 @@ def _work() -> None:
     except BaseException as error:
         own = error.__traceback__.tb_next if error.__traceback__ else None  # without this function's line
         text = "".join(traceback.format_exception(error.with_traceback(own)))
-        result = cloudpickle.dumps((time.time(), False, text))
+        # Its first line, for a CUDA error has several, and a note comes last.
+        reason = traceback.format_exception_only(error)[0].splitlines()[0]
+        result = cloudpickle.dumps((time.time(), False, (reason, text)))
     sys.stdout.flush()
     sys.stderr.flush()
     part = folder / f"{rank}.part"
@@ -204,4 +211,6 @@ def _work() -> None:
 
 def _end_with_the_parent() -> None:
     sys.stdin.buffer.read()  # ends when the launcher does, however it ends
+    if hasattr(os, "killpg"):
+        os.killpg(0, signal.SIGKILL)  # this worker's own group: itself, and what it started
     os._exit(0)

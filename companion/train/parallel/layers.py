@@ -166,7 +166,7 @@ class Footprint:
 
     @property
     def activations(self) -> int:
-        """What torch allocated for a step: mostly these."""
+        """What torch allocated for a step: mostly these, unless the batch is small; the optimizer needs some, too."""
         return self.step.allocated
 
     @property

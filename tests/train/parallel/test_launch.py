@@ -80,6 +80,22 @@ def test_a_worker_that_raises(rank):
     assert "_work" not in caught.value.detail
 
 
+def explains(how):
+    if how == "lines":
+        raise RuntimeError("the device gave up\nCompile with another option to see more.")
+    error = ValueError("boom")
+    error.add_note("a note")
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("how", "sentence"), [("lines", "RuntimeError: the device gave up"), ("note", "ValueError: boom")]
+)
+def test_the_sentence_is_the_first_of_an_error(how, sentence):
+    with pytest.raises(WorkerError, match=rf"^worker 0 of 1 failed: {sentence}\.\n"):
+        launch(explains, 1, how)
+
+
 def dies(how):
     print("last words", flush=True)
     if distributed.get_rank() == 1:
@@ -104,8 +120,8 @@ def waits_for_nobody(folder):
 
 @needs_proc
 def test_a_hang_ends_and_says_where(tmp_path):
-    with pytest.raises(WorkerError, match=r"^worker 0 of 2 did not end within 8 s\.\n") as caught:
-        launch(waits_for_nobody, 2, tmp_path, timeout=8)
+    with pytest.raises(WorkerError, match=r"^worker 0 of 2 did not end within 25 s\.\n") as caught:
+        launch(waits_for_nobody, 2, tmp_path, timeout=25)
     assert "waits_for_nobody" in caught.value.detail
     assert "barrier" in caught.value.detail
     started = [int(path.name) for path in tmp_path.iterdir()]
@@ -116,14 +132,18 @@ def test_a_hang_ends_and_says_where(tmp_path):
 @needs_proc
 def test_workers_end_with_a_launcher_that_is_killed(tmp_path):
     program = (
-        "import os, time\nfrom pathlib import Path\nfrom companion.train.parallel import launch\n"
+        "import os, subprocess, sys, time\nfrom pathlib import Path\nfrom companion.train.parallel import launch\n"
         f"folder = {str(tmp_path)!r}\n"
-        "def work():\n    (Path(folder) / str(os.getpid())).touch(); time.sleep(600)\n"
+        "def work():\n"
+        "    child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        "    for pid in (os.getpid(), child.pid):\n"
+        "        (Path(folder) / str(pid)).touch()\n"
+        "    time.sleep(600)\n"
         "launch(work, 2)\n"
     )
     launcher = subprocess.Popen([sys.executable, "-c", program])
     until = time.monotonic() + 60
-    while len(list(tmp_path.iterdir())) < 2:
+    while len(list(tmp_path.iterdir())) < 4:
         assert launcher.poll() is None
         assert time.monotonic() < until
         time.sleep(0.05)
