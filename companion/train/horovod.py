@@ -45,10 +45,6 @@ class Horovod(Workers):
     def size(self) -> int:  # type: ignore[override]
         return self.hvd.size()
 
-    @property
-    def local_rank(self) -> int:  # type: ignore[override]
-        return self.hvd.local_rank()
-
     # Horovod joins what has the same name. Its default names count the calls, and workers that join late count less.
 
     def sum(self, values: Tensor) -> Tensor:

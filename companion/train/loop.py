@@ -143,6 +143,7 @@ def fit(
         progress: show a progress bar on a terminal or in a notebook, of the first worker.
         workers: those of `joined`, if there are several.
         sync_batch_norm: batch normalisation over the samples of all workers (``parallel.synchronized_batch_norm``).
+            In a last batch with fewer samples than workers, those without one count the first sample once more.
 
     Raises:
         CompanionError: arguments out of range, data that does not fit the network, a sample that cannot be read, a

@@ -46,8 +46,6 @@ class Workers:
     name = "alone"
     rank = 0
     size = 1
-    local_rank = 0
-    """Rank among the workers of this machine."""
     commit_steps = 0
     """How often to `commit` within an epoch; 0 for never."""
 
@@ -110,7 +108,6 @@ class Distributed(Workers):
     def __init__(self, compression: str) -> None:
         self.compression = compression
         self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
-        self.local_rank = int(os.environ.get("LOCAL_RANK", self.rank))
 
     def sum(self, values: Tensor) -> Tensor:
         distributed.all_reduce(values)
