@@ -6,14 +6,22 @@ PYTHON ?= python3
 PY := $(VENV)/bin/python
 PIP_INSTALL = $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
+# What the notebooks compare and the tests run besides: engines, video, servers.
+OPTIONAL := detect,openvino,litert,tensorrt,serve
+
+# The parts of `test`, two at a time, each silent until it has ended. The native libraries of all rooms in one process
+# end in a crash that none of them has alone.
+PARTS := test-notebooks test-first test-rest test-engines
+FIRST := tests/bench tests/cli tests/compress tests/datasets tests/detect
+
 # One thread: on a busy machine two wait for each other, and only one gives the same weights every time.
-test stress: export OMP_NUM_THREADS ?= 1
+test $(PARTS) stress: export OMP_NUM_THREADS ?= 1
 
 # Data beside the project, when there is some (full-size CIFAR-10 and the like): tests that want it skip without it.
 SHARED_DATA := $(wildcard ../shared/datasets)
 export COMPANION_TEST_DATA ?= $(if $(SHARED_DATA),$(abspath $(SHARED_DATA)))
 
-.PHONY: site test horovod lint lab notebooks stress wheel lock clean
+.PHONY: site test $(PARTS) horovod lint lab notebooks stress wheel lock clean
 
 site: $(VENV)/.site
 	$(PY) tools/build_site.py
@@ -22,9 +30,22 @@ site: $(VENV)/.site
 
 test: $(VENV)/.test
 	$(PY) tools/build_horovod.py --or-skip
-	$(PY) -m pytest
+	$(MAKE) --jobs=2 --keep-going --output-sync=target --no-print-directory $(PARTS)
+
+$(PARTS): $(VENV)/.test
+
+test-notebooks:
 	TQDM_DISABLE=1 PYTHONPATH=tests/offline $(PY) -m pytest --nbval --nbval-current-env --nbval-cell-timeout 300 \
 	    --nbval-sanitize-with tests/notebooks/sanitize.cfg -o filterwarnings= notebooks
+
+test-first:
+	$(PY) -m pytest $(FIRST)
+
+test-rest:
+	$(PY) -m pytest $(addprefix --ignore=,$(FIRST) tests/engines)
+
+test-engines:
+	$(PY) -m pytest tests/engines
 
 # The wheel stays in the user's cache, which `make clean` leaves alone.
 horovod: $(VENV)/.test
@@ -43,7 +64,8 @@ notebooks: $(VENV)/.notebooks
 	$(PY) tools/run_notebooks.py
 
 stress: $(VENV)/.test
-	$(PY) -m pytest -m stress
+	$(PY) -m pytest -m stress --ignore=tests/engines
+	$(PY) -m pytest -m stress tests/engines
 
 wheel: $(VENV)/.test
 	$(PY) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
@@ -68,10 +90,10 @@ $(VENV)/.site: pyproject.toml constraints.txt | $(PY)
 
 $(VENV)/.notebooks: pyproject.toml constraints.txt | $(PY)
 	@echo "setting up $(VENV) for the notebooks: with PyTorch several gigabytes, some minutes"
-	$(PIP_INSTALL) -e ".[notebooks]"
+	$(PIP_INSTALL) -e ".[notebooks,$(OPTIONAL)]"
 	touch $@
 
 $(VENV)/.test: pyproject.toml constraints.txt | $(PY)
 	@echo "setting up $(VENV) for the tests: with PyTorch several gigabytes, some minutes"
-	$(PIP_INSTALL) -e ".[notebooks,test]"
+	$(PIP_INSTALL) -e ".[notebooks,test,$(OPTIONAL)]"
 	touch $@

@@ -16,14 +16,16 @@ __all__ = [
     "bench",
     "compress",
     "datasets",
+    "detect",
     "engines",
     "metrics",
     "models",
     "plots",
+    "serve",
     "train",
 ]
 
-ROOMS = ("bench", "compress", "datasets", "engines", "metrics", "models", "plots", "train")
+ROOMS = ("bench", "compress", "datasets", "detect", "engines", "metrics", "models", "plots", "serve", "train")
 
 
 def __getattr__(name: str) -> ModuleType:

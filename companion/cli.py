@@ -16,6 +16,9 @@ import typer
 from companion.errors import CompanionError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from companion import detect as detection
     from companion.train import Epoch, Scores
 
 # typer's defaults print errors as usage and a box, and import rich for every --help.
@@ -66,8 +69,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         hint = f"; see `{context.command_path} --help`." if context else "."
         message, code = error.format_message().rstrip(".?") + hint, error.exit_code
     # A file name may hold line breaks or what a terminal takes for a command.
-    print("companion:", "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message), file=sys.stderr)
+    print("companion:", _printable(message), file=sys.stderr)
     sys.exit(code)
+
+
+def _printable(text: str) -> str:
+    """Without what a terminal takes for a command."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 @app.command()
@@ -97,7 +105,9 @@ def doctor(json: Json = False) -> None:
 def train(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="simple_cnn, cifar_resnet20, unet, …")],
     data: Data = "digits",
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training data.")] = 10,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Passes over the training data; 10, of a detector 25, if not given.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images a step, of each worker.")] = 32,
     lr: Annotated[float, typer.Option(help="Peak learning rate; several workers take so many times as much.")] = 3e-3,
     precision: Precision = "fp32",
@@ -132,7 +142,7 @@ def train(
     from companion import datasets, files, metrics, models
     from companion import train as training
 
-    options: dict[str, Any] = {"size": models.image_size(model)} if data.startswith("folder:") else {}
+    options = _suited(data, models.task(model), models.image_size(model))
     _set_threads(threads)
     with training.joined(distributed, compression=gradient_compression) as joined:
 
@@ -148,7 +158,8 @@ def train(
         network = models.create(model, labels=train_data.labels, classes=len(train_data.labels), seed=seed)
         own = Path(data.removeprefix("folder:")).resolve().name.removesuffix(".zip")
         out = out or Path(f"{model}-{own if data.startswith('folder:') else data}.safetensors")
-        files.check_writable(out)
+        if joined.rank == 0:
+            files.check_writable(out)
         checkpoint = out.with_name(out.name + ".checkpoint")
         if resume and not checkpoint.exists():
             say(f"there is no unfinished run in {checkpoint}: starting from the beginning")
@@ -163,7 +174,7 @@ def train(
             history = training.fit(
                 network,
                 train_data,
-                epochs=epochs,
+                epochs=epochs or training.task_of(train_data).epochs,
                 batch_size=batch_size,
                 lr=lr,
                 precision=precision,
@@ -185,10 +196,18 @@ def train(
         if joined.rank == 0:
             models.save(network, out)
             checkpoint.unlink(missing_ok=True)
+        with joined.losses():
+            joined.share(None)  # nobody goes on before it is saved
         say(f"weights of epoch {history.best_epoch} (best on the validation split) in {out}")
-        scores = training.evaluate(
-            network, test_data, precision=precision, device=device, num_workers=workers, workers=joined
-        )
+        try:
+            scores = training.evaluate(
+                network, test_data, precision=precision, device=device, num_workers=workers, workers=joined
+            )
+        except training.WorkersLost as error:
+            raise CompanionError(
+                f"{out} is saved, and was not judged, for a worker was lost: "
+                f"`companion evaluate {out} --data {data}` does it."
+            ) from error
         say(f"test  {_figures(scores)}")
 
 
@@ -196,14 +215,17 @@ def train(
 def evaluate(
     path: Annotated[
         Path,
-        typer.Argument(metavar="FILE", help="F.safetensors of `companion train`, or F.onnx of `companion export`."),
+        typer.Argument(
+            metavar="FILE", help="F.safetensors of `companion train`, or F.onnx or F.tflite of `companion export`."
+        ),
     ],
     data: Data = "digits",
     split: Annotated[str, typer.Option(help="test or train; of camvid also val.")] = "test",
     engine: Annotated[
         str | None,
         typer.Option(
-            help="torch, torch_fused, onnxruntime; torch for F.safetensors, onnxruntime for F.onnx if not given."
+            help="onnxruntime, openvino, litert, torch, torch_fused, …; if not given torch for F.safetensors, "
+            "onnxruntime for F.onnx, litert for F.tflite."
         ),
     ] = None,
     precision: Precision = "fp32",
@@ -217,21 +239,21 @@ def evaluate(
     from companion import train as training
 
     _set_threads(threads)
-    if engine is None and path.suffix.lower() != ".onnx":
+    if engine is None and path.suffix.lower() not in (".onnx", ".tflite"):
         network = models.load(path)
         info = models.describe(network)
         name, size = info.name, info.configuration.get("image_size", models.image_size(info.name))
+        task: str | None = info.task
     else:
         if precision != "fp32" or device is not None:
             raise CompanionError("an engine computes as its file says, on the CPU: leave out --precision and --device.")
         from companion import engines
 
-        runs = engines.load(path, engine or "onnxruntime", threads=threads or 1)
+        runs = engines.load(path, engine or engines.suited(path), threads=threads or 1)
         network, device = engines.as_module(runs), "cpu"
         name = f"{runs.metadata.model or path.name} by {runs.name}"
-        size = runs.inputs[0].shape[-1] or (runs.metadata.input_size or (None,))[-1]
-    options: dict[str, Any] = {"size": size} if data.startswith("folder:") and size else {}
-    samples = datasets.load(data, split=split, **options)
+        task, size = runs.metadata.task, runs.inputs[0].shape[-1] or (runs.metadata.input_size or (None,))[-1]
+    samples = datasets.load(data, split=split, **_suited(data, task, size))
     scores = training.evaluate(network, samples, precision=precision, device=device, num_workers=workers)
     if json:
         found = {"model": name, "data": data, "split": split, "samples": scores.samples}
@@ -245,22 +267,110 @@ def evaluate(
 @app.command()
 def export(
     weights: Annotated[Path, typer.Argument(metavar="F.safetensors", help="Weights written by `companion train`.")],
-    out: Annotated[Path, typer.Argument(metavar="F.onnx", help="The file to write.")],
+    out: Annotated[Path, typer.Argument(metavar="F.onnx", help="The file to write; or F.tflite, for LiteRT.")],
+    precision: Annotated[str, typer.Option(help="fp32, or fp16 for half the size.")] = "fp32",
+    dynamic_size: Annotated[
+        bool, typer.Option("--dynamic-size", help="Images of any size that suits the network.")
+    ] = False,
 ) -> None:
-    """Write a trained network as an ONNX file, which any engine runs.
+    """Write a trained network as an ONNX file, which any engine runs, or as a LiteRT file.
 
     Weights, class names and the network's description are inside; batches may have any size. The file is there only if
-    ONNX Runtime gives the same answers with it as torch.
+    ONNX Runtime (LiteRT) gives the same answers with it as torch. LiteRT files need the converter litert-torch.
     """
     from companion import engines, files, models
     from companion.units import format_bytes
 
-    if out.suffix.lower() != ".onnx":
-        raise CompanionError(f"{out} must end in .onnx.")
+    if out.suffix not in (".onnx", ".tflite"):
+        raise CompanionError(f"{out} must end in .onnx or .tflite.")
+    if out.suffix == ".tflite" and (precision != "fp32" or dynamic_size):
+        raise CompanionError("--precision and --dynamic-size are for .onnx files: leave them out.")
     files.check_writable(out)
     network = models.load(weights)
-    written = engines.export_onnx(network, engines.example_for(network), out)
+    example = engines.example_for(network)
+    if out.suffix == ".tflite":
+        written = engines.export_tflite(network, example, out)
+    else:
+        written = engines.export_onnx(network, example, out, precision=precision, dynamic_size=dynamic_size)
     print(f"{out}: {format_bytes(written.bytes)}, at most {written.largest_difference:.1e} from torch's outputs")
+
+
+@app.command()
+def build(
+    source: Annotated[Path, typer.Argument(metavar="F.onnx", help="A network, as `companion export` writes it.")],
+    out: Annotated[Path, typer.Argument(metavar="F.engine", help="The file to write.")],
+    precision: Annotated[str, typer.Option(help="fp32 (as the file says; int8 stays int8), tf32 or fp16.")] = "fp32",
+    batch: Annotated[
+        str, typer.Option(metavar="MIN,USUAL,MAX", help="Numbers of samples it takes, and the one to be fast at.")
+    ] = "1,4,16",
+    shapes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--input", metavar="NAME=MIN:USUAL:MAX", help="Shapes of an input of any size: images=1x3x320x320:…:…"
+        ),
+    ] = None,
+    workspace: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="The most GPU memory for scratch, such as 256MiB.")
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option(metavar="8.6", help="Compute capability to build for; TensorRT for RTX only.")
+    ] = None,
+) -> None:
+    """Build a TensorRT engine from an ONNX file.
+
+    TensorRT for RTX builds without a GPU; TensorRT builds for the GPU that is here. An engine runs on that kind of GPU,
+    with that version of the library, and nowhere else.
+    """
+    from time import perf_counter
+
+    from companion import files
+    from companion.engines import tensorrt
+    from companion.units import format_bytes, parse_bytes
+
+    if out.suffix != ".engine":
+        raise CompanionError(f"{out} must end in .engine.")
+    if source.suffix != ".onnx":
+        raise CompanionError(f"{source} must end in .onnx: `companion export` makes such a file.")
+    files.check_writable(out)
+    sizes = _whole_numbers("--batch", batch, ",")
+    profile = dict(_input_shapes(text) for text in shapes or ())
+    limit = None if workspace is None else parse_bytes(workspace)
+    began = perf_counter()
+    try:
+        made = tensorrt.build(
+            source,
+            precision=precision,
+            batch=sizes,
+            profiles=[profile] if profile else [],
+            workspace=limit,
+            target=target,
+        )
+        seconds = perf_counter() - began
+        size = made.write(out)
+    except KeyboardInterrupt:
+        raise _Interrupted("interrupted; nothing was written.") from None
+    print(
+        f"{out}: {format_bytes(size)}, {made.precision}, {made.layers} layers before fusion, built in {seconds:.1f} s"
+    )
+    print(f"by {made.library} {made.version}, for {'any GPU it supports' if made.device == 'none' else made.device}")
+    for each in made.profiles:
+        for name, (low, usual, high) in each.items():
+            print(_printable(f"{name}: {list(low)} to {list(high)}, fastest at {list(usual)}"))
+
+
+def _whole_numbers(what: str, text: str, separator: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(separator)]
+    except ValueError:
+        raise CompanionError(f"{what} is {text!r}: give whole numbers with {separator!r} between them.") from None
+
+
+def _input_shapes(text: str) -> tuple[str, list[list[int]]]:
+    """``images=1x3x64x64:…:…`` as a name and its shapes."""
+    name, equals, shapes = text.rpartition("=")
+    if not equals:
+        raise CompanionError(f"--input is {text!r}: give NAME=MIN:USUAL:MAX, shapes such as 1x3x320x320.")
+    return name, [_whole_numbers("--input", shape, "x") for shape in shapes.split(":")]
 
 
 @app.command()
@@ -317,8 +427,7 @@ def compress(
         files.check_writable(path)
     network = models.load(weights)
     info = models.describe(network)
-    size = info.configuration.get("image_size", models.image_size(info.name))
-    options: dict[str, Any] = {"size": size} if data.startswith("folder:") else {}
+    options = _suited(data, info.task, info.configuration.get("image_size", models.image_size(info.name)))
     _set_threads(threads)
     train_data, test_data = (datasets.load(data, split=split, **options) for split in ("train", "test"))
     settings: dict[str, Any] = {
@@ -376,6 +485,223 @@ def profile(
     if modules:
         print()
         _table(("module", "MACs", "share", "bytes moved"), profiling.module_rows(found))
+
+
+@app.command()
+def detect(
+    source: Annotated[
+        Path, typer.Argument(metavar="IMAGE_OR_VIDEO", help="An image, a folder of images, a video, or camera:0.")
+    ],
+    model: Annotated[Path, typer.Option(metavar="F.onnx", help="A YOLOv5, as its own export writes it.")],
+    engine: Annotated[
+        str | None, typer.Option(help="Runs it: onnxruntime, …; what suits the file if not given.")
+    ] = None,
+    confidence: Annotated[float, typer.Option(min=0, max=1, help="The lowest score shown.")] = 0.25,
+    overlap: Annotated[float, typer.Option(min=0, max=1, help="Above it two boxes of a class are one object.")] = 0.45,
+    agnostic: Annotated[bool, typer.Option("--agnostic", help="So are two boxes of different classes.")] = False,
+    threads: Annotated[int, typer.Option(min=1, max=1024, help="CPU threads.")] = 1,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Pictures with what was found: a folder for images, an .mp4 or .avi file for a video; Ctrl-C keeps it."
+        ),
+    ] = None,
+    realtime: Annotated[
+        bool, typer.Option("--realtime", help="A clip at its frame rate: what comes too late is dropped and counted.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Find objects in images, a video (.mp4, .avi, .mov, .mkv, .webm), or what a camera sees.
+
+    Boxes are in pixels of the image: left, top, right, bottom. With --json images give one list; a video gives one
+    object a line for each frame, and the summary on stderr.
+    """
+    from companion import detect as detection
+    from companion import engines
+
+    if detection.is_video(source) and not source.is_dir():
+        if out is not None and out.resolve() == source.resolve():
+            raise CompanionError(f"{out} is the video itself: give another --out.")
+        with engines.load(model, engine or engines.suited(model), threads=threads) as runs:
+            detector = detection.Detector(runs, confidence=confidence, overlap=overlap, agnostic=agnostic)
+            _detect_in_video(source, detector, out, realtime, json)
+        return
+    if realtime:
+        raise CompanionError("--realtime is for videos: leave it out for images.")
+    paths = _images(source)
+    if out is not None:
+        if out.is_file():
+            raise CompanionError(f"{out} is a file: name a folder for the images.")
+        if out.resolve() == (source if source.is_dir() else source.parent).resolve():
+            raise CompanionError(f"{out} holds the images themselves: give another --out.")
+        if out.resolve().is_relative_to(source.resolve()):  # with what was drawn the last time
+            paths = [path for path in paths if not path.resolve().is_relative_to(out.resolve())]
+    with engines.load(model, engine or engines.suited(model), threads=threads) as runs:
+        detector = detection.Detector(runs, confidence=confidence, overlap=overlap, agnostic=agnostic)
+        _detect_in_images(source, paths, detector, out, json)
+
+
+def _images(source: Path) -> list[Path]:
+    from companion.datasets.images import Folder
+
+    if not source.exists():
+        raise CompanionError(f"there is no image or folder {source}.")
+    paths = [source / name for name in sorted(Folder(source).files())] if source.is_dir() else [source]
+    if not paths:
+        raise CompanionError(f"{source} holds no images: put JPEG, PNG, WebP, BMP or GIF files there.")
+    return paths
+
+
+def _detect_in_images(
+    source: Path, paths: Iterable[Path], detector: "detection.Detector", out: Path | None, json: bool
+) -> None:
+    from companion import detect as detection
+    from companion import files
+
+    rows, unread = [], []
+    for path in paths:
+        try:
+            image = detection.read_image(path)
+        except CompanionError as error:
+            if not source.is_dir():
+                raise
+            unread.append(error)  # the others of a folder are looked at
+            continue
+        found = detector(image)
+        rows.append({"image": str(path), "detections": found.to_json()})
+        if out is not None:
+            inside = path.relative_to(source) if source.is_dir() else Path(path.name)
+            target = out / inside.with_name(f"{inside.name}.png")  # a.jpg.png beside a.png.png
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with files.replacing(target) as file:
+                detection.draw(image, found).save(file, "PNG")
+        if not json:
+            print(_printable(f"{path}: {_objects(found)}"))
+            for each in found.to_json():
+                corners = " ".join(f"{value:6.0f}" for value in each["box"])
+                print(f"  {each['score']:.2f}  {corners}  {_printable(each['label'])}")
+    if json:
+        print(json_module.dumps(rows))
+    if unread:
+        more = f" ({len(unread) - 1} more could not be read)" if len(unread) > 1 else ""
+        raise CompanionError(f"{str(unread[0]).removesuffix('.')}{more}.")
+
+
+def _detect_in_video(
+    source: Path, detector: "detection.Detector", out: Path | None, realtime: bool, json: bool
+) -> None:
+    from companion import detect as detection
+
+    def show(frame: detection.Frame, found: detection.Detections) -> None:
+        if json:
+            place = {"image": str(source), "frame": frame.number, "time": round(frame.time, 6)}
+            line = json_module.dumps(place | {"detections": found.to_json()})
+        else:
+            names = ", ".join(f"{each['label']} {each['score']:.2f}" for each in found.to_json())
+            line = _printable(f"frame {frame.number:5}  {frame.time:8.3f} s  {_objects(found)}  {names}".rstrip())
+        print(line, flush=True)  # a camera is watched while it runs
+
+    report = detection.watch(source, detector, out=out, on_frame=show, realtime=realtime)
+    for line in str(report).splitlines():
+        print(_printable(line), file=sys.stderr if json else sys.stdout)
+    if report.interrupted:
+        kept = f"{out} holds the frames until then" if out else "the frames until then are above"
+        raise _Interrupted(f"interrupted; {kept}.")
+
+
+def _objects(found: "detection.Detections") -> str:
+    return f"{len(found)} {'object' if len(found) == 1 else 'objects'}"
+
+
+@app.command()
+def serve(
+    kind: Annotated[str, typer.Argument(metavar="image", help="What clients send.")],
+    model: Annotated[Path, typer.Option(metavar="F", help="A .safetensors or .onnx file.")],
+    engine: Annotated[str | None, typer.Option(help="torch_fused, onnxruntime, …; the usual one if not given.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets everybody in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    policy: Annotated[str | None, typer.Option(help="idle, fixed or hold: when a batch begins.")] = None,
+    max_batch: Annotated[int | None, typer.Option(help="Items in a call of the model; 32 if not given.")] = None,
+    max_wait_ms: Annotated[float | None, typer.Option(help="Bounds fixed and hold; 2 if not given.")] = None,
+    max_queue: Annotated[int | None, typer.Option(help="Items that may wait; 1024 if not given.")] = None,
+    workers: Annotated[int, typer.Option(min=1, max=256, help="Processes, on one port.")] = 1,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of each; 1 if not given.")] = None,
+    grace: Annotated[float | None, typer.Option(help="Seconds at the end for what was accepted; 30.")] = None,
+) -> None:
+    """Answer HTTP requests with a network, in batches.
+
+    Further settings, such as a bearer token, come from environment variables: COMPANION_SERVE_TOKEN, …
+    """
+    from companion.serve import main as serving
+
+    if kind != "image":
+        raise CompanionError(f"there is no server for {kind!r}: image is what can be served.")
+    settings = serving.settings_from(
+        policy=policy,
+        max_batch=max_batch,
+        max_wait_ms=max_wait_ms,
+        max_queue=max_queue,
+        threads=threads,
+        grace=grace,
+    )
+    serving.run(
+        model,
+        engine=engine,
+        host=host,
+        port=port,
+        workers=workers,
+        settings=settings,
+        announce=lambda address: print(f"{model} at {address}/predict; Ctrl-C ends it", flush=True),
+    )
+
+
+@app.command()
+def load(
+    url: Annotated[str, typer.Argument(metavar="URL", help="http://127.0.0.1:8000/predict")],
+    concurrency: Annotated[int | None, typer.Option(help="Clients that ask again when answered; 32.")] = None,
+    rate: Annotated[float | None, typer.Option(help="In place of these, requests a second that come anyway.")] = None,
+    seconds: Annotated[float, typer.Option(help="How long to send.")] = 10.0,
+    data: Data = "digits",
+    token: Annotated[str | None, typer.Option(envvar="COMPANION_SERVE_TOKEN", help="Bearer token.")] = None,
+    json: Json = False,
+) -> None:
+    """Put a server of images under load, and check its answers.
+
+    Each of 64 images is sent alone first; what comes back then is the right answer.
+    """
+    from companion import datasets
+    from companion.serve.load import Request, alone
+    from companion.serve.load import load as put
+
+    if concurrency is not None and rate is not None:
+        raise CompanionError("give either --concurrency or --rate.")
+    images = datasets.load(data, split="test")
+    requests = [Request(_png(images[i][0]), "image/png") for i in range(min(64, len(images)))]
+    if concurrency is None and rate is None:
+        concurrency = 32
+    requests = alone(url, requests, token=token)
+    found = put(url, requests, concurrency=concurrency, rate=rate, seconds=seconds, token=token).to_json()
+    if json:
+        print(json_module.dumps(found))
+        return
+    print(
+        f"{found['answers']:,} right answers in {found['seconds']:.1f} s, {found['requests_per_second']:.0f} a second"
+    )
+    for name, value in (found["latency_ms"] or {}).items():
+        print(f"{name:>6} {value:9.2f} ms")
+    for why, times in found["failures"].items():
+        print(f"{why}: {times:,}")
+    if found["failures"]:
+        raise CompanionError(f"{sum(found['failures'].values()):,} requests had no right answer.")
+
+
+def _png(image: "Tensor") -> bytes:
+    """A float image [3, H, W] in 0..1 as a file."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(image.mul(255).round().byte().permute(1, 2, 0).contiguous().numpy()).save(file, "PNG")
+    return file.getvalue()
 
 
 @app.command()
@@ -445,6 +771,15 @@ def data_verify() -> None:
         raise CompanionError("some data are not what they should be; see the lines marked WRONG.")
 
 
+def _suited(data: str, task: str | None, size: int | None) -> dict[str, Any]:
+    """Options of a data set that can be made for more than one network."""
+    if data.startswith("folder:") and size is not None:
+        return {"size": size}
+    if data == "digit_scenes" and task is None:
+        raise CompanionError("the file does not say whether it segments or detects: export it with companion.")
+    return {"task": task} if data == "digit_scenes" and task == "detect" else {}
+
+
 def _set_threads(threads: int | None) -> None:
     if threads is not None:
         import torch
@@ -459,7 +794,8 @@ def _epoch(epoch: "Epoch") -> str:
 
 def _figures(scores: "Scores") -> str:
     figures = [f"{name} {100 * value:.2f} %" for name, value in scores.metrics.items()]
-    return ", ".join([*figures, f"loss {scores.loss:.4f}", f"{scores.samples:,} images"])
+    loss = [] if math.isnan(scores.loss) else [f"loss {scores.loss:.4f}"]
+    return ", ".join([*figures, *loss, f"{scores.samples:,} images"])
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

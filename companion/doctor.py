@@ -35,6 +35,11 @@ def _extra(name: str) -> str:
     return f'pip install -c constraints.txt -e ".[{name}]"'
 
 
+# Where there is no GPU that it could run on, it builds engines for other machines.
+_TENSORRT = """
+import {0} as trt; from companion.engines.tensorrt.library import gpu
+trt.Builder(trt.Logger(trt.Logger.ERROR)); print(trt.__version__, gpu() or "builds only: there is no NVIDIA GPU here")
+"""
 _CORE = "pip install -c constraints.txt -e ."
 PARTS = (
     Part(
@@ -58,6 +63,8 @@ PARTS = (
         "openvino",
         "inference engine for CPUs",
         _extra("openvino"),
+        # Without the package by which OpenVINO reports its import to its maker.
+        "import sys; sys.modules['openvino_telemetry'] = None; "
         "import openvino as o; print(o.__version__, *o.Core().available_devices)",
     ),
     Part(
@@ -72,14 +79,14 @@ PARTS = (
         "tensorrt_rtx",
         "inference engine for NVIDIA RTX GPUs",
         _extra("tensorrt"),
-        "import tensorrt_rtx as t; t.Builder(t.Logger(t.Logger.ERROR)); print(t.__version__)",
+        _TENSORRT.format("tensorrt_rtx"),
     ),
     Part(
         "TensorRT",
         "tensorrt",
         "inference engine for NVIDIA GPUs",
         'pip install -e ".[gpu]"',
-        "import tensorrt as t; t.Builder(t.Logger(t.Logger.ERROR)); print(t.__version__)",
+        _TENSORRT.format("tensorrt"),
     ),
     Part(
         "PyCUDA",

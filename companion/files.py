@@ -4,6 +4,7 @@ import glob
 import hashlib
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -35,6 +36,27 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         except BaseException:
             part.unlink(missing_ok=True)
             raise
+
+
+@contextmanager
+def replacing_named(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """As `replacing`, for libraries that want a name, and look at its ending: yields one in a hidden folder.
+
+    Raises:
+        CompanionError: ``path`` cannot be written. What goes wrong in the block stays what it is.
+    """
+    with _writable(path) as target:
+        folder = working_path(target)
+        folder.mkdir(exist_ok=True)
+    try:
+        part = folder / target.name
+        yield part
+        with _writable(path):
+            with part.open("rb+") as file:
+                os.fsync(file.fileno())
+            part.replace(target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
@@ -86,6 +108,17 @@ def _writable(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield target
     except OSError as error:
         raise CompanionError(f"cannot write {path}: {error.strerror or error}.") from error
+
+
+def cache_folder() -> Path:
+    """The folder ``companion`` in the user's cache folder; it need not exist."""
+    if sys.platform == "win32":
+        cache = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
+    elif sys.platform == "darwin":
+        cache = "~/Library/Caches"
+    else:
+        cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.path.expanduser(cache)) / "companion"
 
 
 def shipped(name: str) -> Path:

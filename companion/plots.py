@@ -278,6 +278,40 @@ def plot_timeline(events: Iterable[Any], *, title: str = "") -> Picture:
     return figure
 
 
+def plot_exchanges(exchanges: Iterable[Any], *, title: str = "") -> Picture:
+    """Which tensor was on its way between workers when: a row for each, first a wait for the slower worker (hatched).
+
+    Args:
+        exchanges: of `companion.train.horovod.read_timeline`; the first to be ready is time 0 and the topmost row.
+        title: above the picture.
+    """
+    exchanges = sorted(exchanges, key=lambda exchange: exchange.ready)
+    rows = list(dict.fromkeys(exchange.tensor for exchange in exchanges))
+    looks: dict[str, Any] = {
+        "waits for the other workers": {"facecolor": "white", "hatch": "////"},
+        "on its way": {"facecolor": COLOURS[0]},
+    }
+    with rc_context(STYLE):
+        figure = Picture(figsize=(9, 1.1 + 0.25 * max(1, len(rows))))
+        axis = figure.subplots()
+        for label, look in looks.items():
+            for i, exchange in enumerate(exchanges):
+                times = (exchange.ready, exchange.start) if "hatch" in look else (exchange.start, exchange.end)
+                start, end = (1e3 * (time - exchanges[0].ready) for time in times)
+                axis.broken_barh(
+                    [(start, end - start)],
+                    (rows.index(exchange.tensor) - 0.4, 0.8),
+                    edgecolor=COLOURS[0], linewidth=0.8, label=None if i else label, **look,
+                )  # fmt: skip
+        axis.set(yticks=range(len(rows)), ylim=(max(1, len(rows)) - 0.5, -0.5), xlabel="milliseconds")
+        axis.set_yticklabels(rows)
+        axis.set_title(title, fontsize=10, loc="left")
+        axis.grid(visible=False)
+        if exchanges:
+            figure.legend(loc="outside upper right", ncols=2, frameon=False, fontsize=8)
+    return figure
+
+
 def plot_scaling(measured: Mapping[int, float], *, unit: str = "samples per second") -> Picture:
     """Throughput against the number of workers, with the line on which n workers do n times the work of one.
 
@@ -294,4 +328,35 @@ def plot_scaling(measured: Mapping[int, float], *, unit: str = "samples per seco
         axis.set(xlabel="workers", ylabel=unit, ylim=(0, None))
         axis.set_xticks(workers)
         axis.legend()
+    return figure
+
+
+ENDS = ("high", "value", "low")
+
+
+def plot_speed_ups(found: Mapping[str, Any]) -> Picture:
+    """How many times as fast as their baseline things are, each with its 95 % interval.
+
+    Args:
+        found: comparisons of the same things, as `companion.metrics.compare_latency` returns them, by name.
+    """
+    names = list(dict.fromkeys(name for each in found.values() for name in each.ratios))
+    with rc_context(STYLE):
+        figure = Picture(figsize=(6, 0.8 + 0.4 * len(names)))
+        axis = figure.subplots()
+        axis.axvline(1, color="black", linewidth=0.8)
+        for i, (series, each) in enumerate(found.items()):
+            offset = 0.25 * (i - (len(found) - 1) / 2)
+            rows = [names.index(name) + offset for name in each.ratios]
+            # The inverse of a ratio of times is one of speeds.
+            low, speed, high = (1 / np.array([getattr(r, end) for r in each.ratios.values()]) for end in ENDS)
+            look: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "fmt": "osD^v"[i % 5], "linestyle": ""}
+            axis.errorbar(speed, rows, xerr=[speed - low, high - speed], capsize=3, label=series, **look)
+        axis.set(yticks=range(len(names)), ylim=(max(1, len(names)) - 0.5, -0.5), xlim=(0, None))
+        axis.set_yticklabels(names)
+        baselines = sorted({each.baseline for each in found.values()})
+        axis.set_xlabel(f"times as fast as {', '.join(baselines)}")
+        axis.grid(visible=False, axis="y")
+        if len(found) > 1:
+            figure.legend(loc="outside upper right", ncols=len(found), frameon=False, fontsize=8)
     return figure

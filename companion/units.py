@@ -13,7 +13,11 @@ What is counted are matrix products, convolutions and attention, as papers do; a
 normalisation are not, although they take time. Sources differ here by up to a factor of two, so always say which.
 """
 
+import re
 from collections.abc import Iterable, Sequence
+from decimal import Decimal
+
+from companion.errors import CompanionError
 
 FLOPS_PER_MAC = 2
 KIB, MIB, GIB = 2**10, 2**20, 2**30
@@ -27,6 +31,21 @@ def format_count(number: float, unit: str = "") -> str:
 def format_bytes(number: float) -> str:
     """``46830571`` → ``44.66 MiB``."""
     return _scaled(number, 1024, ("", "Ki", "Mi", "Gi", "Ti", "Pi"), "B", small=1)
+
+
+def parse_bytes(text: str) -> int:
+    """``256MiB`` → ``268435456``; a plain number is bytes.
+
+    Raises:
+        CompanionError: not a size.
+    """
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?(B|KiB|MiB|GiB|)", text.strip())
+    if found is None:
+        raise CompanionError(f"{text!r} is not a size: give a number of bytes, or one such as 256MiB or 1GiB.")
+    size = Decimal(found[1]) * {"KiB": KIB, "MiB": MIB, "GiB": GIB}.get(found[2], 1)
+    if size >= 2**63:
+        raise CompanionError(f"{text[:40]!r} is more bytes than there are: give fewer.")
+    return int(size)
 
 
 def format_seconds(number: float) -> str:

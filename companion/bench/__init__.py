@@ -14,6 +14,7 @@ BENCHES: dict[str, str] = {
     "precision": "companion.bench.precision",
     "complexity": "companion.bench.complexity",
     "networks": "companion.bench.networks",
+    "engines": "companion.bench.engines",
     "roofline": "companion.bench.roofline",
     "instructions": "companion.bench.instructions",
     "segmentation": "companion.bench.segmentation",

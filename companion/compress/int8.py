@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,14 @@ from torch import Tensor
 
 from companion.compress.quantization import check_observer, observe, quantize, sqnr
 from companion.engines import load
-from companion.engines.base import Engine, one_sentence
+from companion.engines.base import Engine, one_sentence, without_telemetry
+from companion.engines.onnxfile import INTEGER, QUANTIZED, WEIGHTED
 from companion.engines.ort import OnnxRuntimeEngine
 from companion.errors import CompanionError
 from companion.files import check_writable, replacing
 from companion.metrics import model_bytes
 
 Batch = dict[str, np.ndarray]
-WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-_INTEGER = ("ConvInteger", "MatMulInteger")
-_QUANTIZED = {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", *_INTEGER}
 
 
 @dataclass(frozen=True)
@@ -63,6 +62,7 @@ def quantize_onnx(
     percentile: float = 99.99,
     per_channel: bool = True,
     exclude: str | Collection[str] = (),
+    bias: bool = True,
 ) -> QuantizedFile:
     """Write an ONNX file of the same network with 8-bit weights, and in the right mode 8-bit arithmetic.
 
@@ -89,7 +89,11 @@ def quantize_onnx(
             than the extremes, so it is not offered.)
         percentile: for that method, the share of the values in % that the range holds, 50 to 100.
         per_channel: a scale for each output channel of the weights, else one for each tensor.
-        exclude: names of nodes to leave in float, and ``first`` and ``last`` for the first and last layer with weights.
+        exclude: names of nodes to leave in float; ``first`` and ``last`` for the first and last layer with weights;
+            ``head`` for all that comes after the last of these. A detector needs that: there pixels up to 640 and
+            shares in 0..1 lie in one tensor, and of one scale for both nothing is left of the shares.
+        bias: store biases as int32, too, in mode ``static`` by ONNX Runtime. TensorRT refuses such a file, and uint8
+            activations: for it, give False, which leaves biases in float and activations symmetric, in int8.
 
     Returns:
         What was written, with its size and how far its answers are from those of ``path``.
@@ -105,12 +109,16 @@ def quantize_onnx(
     _check_choice("backend", backend, ("onnxruntime", "nncf"))
     _check_choice("method", method, ("minmax", "percentile"))
     check_observer(method, percentile)
+    if not bias and (mode, backend) != ("static", "onnxruntime"):
+        raise CompanionError("biases are quantized in mode static by onnxruntime only: leave out bias.")
     if backend == "nncf" and (mode, method, per_channel) != ("static", "minmax", True):
         raise CompanionError("nncf quantizes statically, by minmax and per channel only: keep these defaults.")
     out = Path(out)
     if out.suffix != ".onnx":
         raise CompanionError(f"{out} is no name for an ONNX file: it must end in .onnx.")
     check_writable(out)
+    if not isinstance(path, str | os.PathLike):
+        raise CompanionError("quantize_onnx takes an ONNX file: export the network first with engines.export_onnx.")
     with load(path) as engine:
         path = Path(path)
         if path.suffix != ".onnx":
@@ -130,7 +138,7 @@ def quantize_onnx(
         nodes = _weighted(model)
         if not nodes:
             raise CompanionError(f"{path} has no weights to quantize: no convolution and no linear layer.")
-        made = make(_Job(model, folder, batches, _excluded(exclude, model), per_channel, share))
+        made = make(_Job(model, folder, batches, _excluded(exclude, model), per_channel, share, bias))
         content = _tidied(made, path)
     with OnnxRuntimeEngine(content, threads=1) as engine:
         found = [engine.run(batch) for batch in batches]
@@ -187,11 +195,17 @@ def _prepared(path: Path, folder: str) -> Any:
     import onnx
     from onnxruntime.quantization.shape_inference import quant_pre_process  # type: ignore[import-untyped]
 
-    if {node.op_type for node in onnx.load(path, load_external_data=False).graph.node} & _QUANTIZED:
+    if {node.op_type for node in onnx.load(path, load_external_data=False).graph.node} & QUANTIZED:
         raise CompanionError(f"{path} is quantized already: quantize the file that it was made from.")
     ready = Path(folder) / "prepared.onnx"
     quant_pre_process(str(path), str(ready), skip_symbolic_shape=True)  # ONNX's own shapes are enough, and quicker
-    return onnx.load(ready)
+    model = onnx.load(ready)
+    names = {node.name for node in model.graph.node}
+    for number, node in enumerate(model.graph.node):  # which files of others may leave out
+        if not node.name:
+            node.name = next(name for n in count(number) if (name := f"{node.op_type}_{n}") not in names)
+            names.add(node.name)
+    return model
 
 
 def _weighted(model: Any) -> list[Any]:
@@ -208,11 +222,12 @@ def _weighted(model: Any) -> list[Any]:
 
 
 def _excluded(exclude: str | Collection[str], model: Any) -> list[str]:
-    """Names of nodes, with ``first`` and ``last`` replaced by theirs."""
+    """Names of nodes, with ``first``, ``last`` and ``head`` replaced by theirs."""
     nodes = _weighted(model)
-    ends = {"first": nodes[0].name, "last": nodes[-1].name}
+    parts = {"first": [nodes[0].name], "last": [nodes[-1].name], "head": _head(model, nodes)}
     names = {node.name for node in model.graph.node}
-    wanted = [ends.get(name, name) for name in ([exclude] if isinstance(exclude, str) else exclude)]
+    given = [exclude] if isinstance(exclude, str) else exclude
+    wanted = [each for name in given for each in parts.get(name, [name])]
     for name in wanted:
         if name not in names:
             layers = ", ".join(node.name for node in nodes)
@@ -220,6 +235,19 @@ def _excluded(exclude: str | Collection[str], model: Any) -> list[str]:
     if {node.name for node in nodes} <= set(wanted):
         raise CompanionError("every layer is excluded: leave at least one to quantize.")
     return wanted
+
+
+def _head(model: Any, weighted: list[Any]) -> list[str]:
+    """Names of the nodes after which no layer with weights comes."""
+    layers = {node.name for node in weighted}
+    needed: set[str] = set()
+    head = []
+    for node in reversed(model.graph.node):
+        if node.name in layers or needed.intersection(node.output):
+            needed.update(node.input)
+        else:
+            head.append(node.name)
+    return head
 
 
 @dataclass(frozen=True)
@@ -233,6 +261,7 @@ class _Job:
     per_channel: bool
     percentile: float | None
     """None for the extremes."""
+    bias: bool
 
 
 def _static(job: _Job) -> Any:
@@ -252,19 +281,22 @@ def _static(job: _Job) -> Any:
         before,
         out,
         Reader(),
-        activation_type=QuantType.QUInt8,  # with QInt8, ResNet-18 is three times slower
+        # With int8 in ONNX Runtime, ResNet-18 is three times slower; TensorRT takes nothing else, and no zero point.
+        activation_type=QuantType.QUInt8 if job.bias else QuantType.QInt8,
         weight_type=QuantType.QInt8,
         per_channel=job.per_channel,
         nodes_to_exclude=job.exclude,
         calibrate_method=CalibrationMethod.MinMax if job.percentile is None else CalibrationMethod.Percentile,
-        extra_options={} if job.percentile is None else {"CalibPercentile": job.percentile},
+        extra_options={"QuantizeBias": job.bias, "ActivationSymmetric": not job.bias}
+        | ({} if job.percentile is None else {"CalibPercentile": job.percentile}),
     )
     return onnx.load(out)
 
 
 def _by_nncf(job: _Job) -> Any:
+    without_telemetry()
     try:
-        import nncf  # type: ignore[import-not-found]
+        import nncf
     except ImportError as error:
         raise CompanionError("the backend nncf needs that package: pip install nncf.") from error
     return nncf.quantize(
@@ -343,7 +375,7 @@ def _integers(model: Any) -> int:
     """How many convolutions and products have integer weights."""
     dequantized = {node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
     return sum(
-        node.op_type in _INTEGER or (node.op_type in WEIGHTED and node.input[1] in dequantized)
+        node.op_type in INTEGER or (node.op_type in WEIGHTED and node.input[1] in dequantized)
         for node in model.graph.node
     )
 

@@ -27,6 +27,7 @@ from companion.errors import CompanionError
 from companion.files import check_writable, replacing
 from companion.metrics.latency import Ratio
 from companion.train.evaluation import check_match
+from companion.train.tasks import attribute
 from companion.units import format_table
 
 ROUND = 8
@@ -301,7 +302,8 @@ def apply_steps(
             method, before, path = METHODS[step.name], path, Path(folder) / f"{i}.onnx"
             untrained = None
             if step.name == "quantize":
-                quantize_onnx(before, path, calibration_batches(train_data, seed=seed))
+                kept = ("head",) if attribute(train_data, "task") == "detect" else ()
+                quantize_onnx(before, path, calibration_batches(train_data, seed=seed), exclude=kept)
             else:
                 if method.change is not None:
                     network = method.change(network, step.setting, job)

@@ -27,6 +27,7 @@ NOISE = 0.15  # of the range from black to white
 BACKGROUND_BELOW, DIGIT_FROM = 0.25, 0.5
 VOID = 255
 
+SIZES = {"segment": 64, "detect": 160}
 TASKS = {"segment": ("background", *LABELS), "detect": LABELS}
 
 
@@ -39,11 +40,11 @@ class DigitScenes(Dataset[tuple[Tensor, Any]]):
     """
 
     name = "digit_scenes"
-    augmentation = None
 
     def __init__(self, task: str, scenes: "list[_Scene]") -> None:
         self.task = task
         self.labels = TASKS[task]
+        self.augmentation = "letterbox" if task == "detect" else None  # a digit mirrored is none
         self.images = torch.from_numpy(np.stack([scene.image for scene in scenes]))  # uint8 [N, 3, size, size]
         self.masks = torch.from_numpy(np.stack([scene.mask for scene in scenes]))  # uint8 [N, size, size]
         # The digits of all scenes in one tensor each: thousands of small ones would cost every worker a file handle.
@@ -83,7 +84,7 @@ class _Scene:
     scans: list[int]
 
 
-def digit_scenes(split: str, task: str = "segment", size: int = 64, scenes: int | None = None) -> DigitScenes:
+def digit_scenes(split: str, task: str = "segment", size: int | None = None, scenes: int | None = None) -> DigitScenes:
     """Scenes of one to six scans of `digits`, tinted, ⅛ to ⅖ as large as the scene, on a noisy gradient.
 
     The scans are split first, as those of `digits`: no test scene shares a scan with a training scene. Within a
@@ -98,7 +99,8 @@ def digit_scenes(split: str, task: str = "segment", size: int = 64, scenes: int 
     Args:
         split: ``train`` or ``test``.
         task: ``segment`` for samples (image, mask), ``detect`` for (image, boxes and labels): see `DigitScenes`.
-        size: side of the scenes in pixels, 48 to 640; at 160 digits are 20 to 64 pixels large.
+        size: side of the scenes in pixels, 48 to 640; 64 to segment and 160 to detect if not given. At 160 digits are
+            20 to 64 pixels large.
         scenes: how many; 2,000 to train and 500 to test with if not given.
 
     Raises:
@@ -106,6 +108,7 @@ def digit_scenes(split: str, task: str = "segment", size: int = 64, scenes: int 
     """
     if task not in TASKS:
         raise CompanionError(f"digit_scenes is for the tasks {' and '.join(TASKS)}, not {task!r}.")
+    size = SIZES[task] if size is None else size
     scenes = SCENES[split] if scenes is None else scenes
     for what, value, low, high in (("pixels a side", size, 48, 640), ("scenes", scenes, 1, 100_000)):
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
@@ -120,17 +123,12 @@ def digit_scenes(split: str, task: str = "segment", size: int = 64, scenes: int 
 
 def _compose(random: np.random.RandomState, size: int, pool: list[NDArray[np.int64]]) -> _Scene:
     """One scene of digits from a pool of scans, given by their numbers for each digit."""
-    ink, labels, _ = scans()
+    _, labels, _ = scans()
 
     def draw(n: int) -> int:
         return int(random.random_sample() * n)
 
-    corners = random.random_sample((2, 2, 3, 1, 1)) * PAPER
-    across = ((np.arange(size) + 0.5) / size)[None, None, :]
-    down = across.transpose(0, 2, 1)
-    top = corners[0, 0] * (1 - across) + corners[0, 1] * across
-    bottom = corners[1, 0] * (1 - across) + corners[1, 1] * across
-    picture = top * (1 - down) + bottom * down  # [3, size, size]
+    picture = paper(random, size)
     mask = np.zeros((size, size), np.uint8)
     boxes, used = [], []
     taken = np.zeros((size, size), bool)
@@ -139,8 +137,8 @@ def _compose(random: np.random.RandomState, size: int, pool: list[NDArray[np.int
         candidates = pool[draw(len(LABELS))]
         scan = int(candidates[draw(len(candidates))])
         side = smallest + draw(largest - smallest + 1)
-        window = side + 2 * -(-side // 16)  # half a pixel of the scan more on each side, in which ink fades away
-        pen = PEN + random.random_sample((3, 1, 1)) * (1 - PEN)
+        drawn, colour = draw_digit(scan, side), pen(random)
+        window = len(drawn)
         for _ in range(TRIES):
             x, y = draw(size - window + 1), draw(size - window + 1)
             place = slice(y, y + window), slice(x, x + window)
@@ -149,15 +147,47 @@ def _compose(random: np.random.RandomState, size: int, pool: list[NDArray[np.int
         else:
             continue
         taken[place] = True
-        zero = np.zeros(1)
-        drawn = warp(ink[scan][None], zero, zero + side / window, zero, zero, size=window)[0]
-        picture[:, *place] = picture[:, *place] * (1 - drawn) + pen * drawn
-        inside = drawn >= DIGIT_FROM
-        mask[place] = np.where(inside, labels[scan] + 1, np.where(drawn < BACKGROUND_BELOW, 0, VOID))
-        rows, columns = inside.any(1).nonzero()[0], inside.any(0).nonzero()[0]
-        boxes.append((x + int(columns[0]), y + int(rows[0]), x + int(columns[-1]) + 1, y + int(rows[-1]) + 1))
+        picture[:, *place] = picture[:, *place] * (1 - drawn) + colour * drawn
+        mask[place] = np.where(drawn >= DIGIT_FROM, labels[scan] + 1, np.where(drawn < BACKGROUND_BELOW, 0, VOID))
+        boxes.append(box_of(drawn, x, y))
         used.append(scan)
-    # The sum of two uniform numbers, less 1: triangular, which is bell-shaped enough.
-    noise = random.random_sample((3, size, size)) + random.random_sample((3, size, size)) - 1
-    image = np.rint(np.clip(picture + noise * NOISE, 0, 1) * 255).astype(np.uint8)
-    return _Scene(image, mask, boxes, used)
+    return _Scene(to_bytes(picture, noise(random, size)), mask, boxes, used)
+
+
+def paper(random: np.random.RandomState, size: int) -> NDArray[np.float64]:
+    """A gradient between four random colours: [3, size, size]."""
+    corners = random.random_sample((2, 2, 3, 1, 1)) * PAPER
+    across = ((np.arange(size) + 0.5) / size)[None, None, :]
+    down = across.transpose(0, 2, 1)
+    top = corners[0, 0] * (1 - across) + corners[0, 1] * across
+    bottom = corners[1, 0] * (1 - across) + corners[1, 1] * across
+    return top * (1 - down) + bottom * down
+
+
+def pen(random: np.random.RandomState) -> NDArray[np.float64]:
+    """A random colour of ink: [3, 1, 1]."""
+    return PEN + random.random_sample((3, 1, 1)) * (1 - PEN)
+
+
+def draw_digit(scan: int, side: int) -> NDArray[np.float64]:
+    """The ink of a scan enlarged to so many pixels a side, and a margin: [side + margins, side + margins] in 0..1."""
+    window = side + 2 * -(-side // 16)  # half a pixel of the scan more on each side, in which ink fades away
+    zero = np.zeros(1)
+    return warp(scans()[0][scan][None], zero, zero + side / window, zero, zero, size=window)[0]
+
+
+def box_of(drawn: NDArray[np.float64], x: int, y: int) -> tuple[int, int, int, int]:
+    """The box around the ink of a digit whose first column and row are ``x`` and ``y``."""
+    inside = drawn >= DIGIT_FROM
+    rows, columns = (np.flatnonzero(inside.any(axis)) for axis in (1, 0))
+    return x + int(columns[0]), y + int(rows[0]), x + int(columns[-1]) + 1, y + int(rows[-1]) + 1
+
+
+def noise(random: np.random.RandomState, size: int) -> NDArray[np.float64]:
+    """The sum of two uniform numbers, less 1, [3, size, size]: triangular, which is bell-shaped enough."""
+    return random.random_sample((3, size, size)) + random.random_sample((3, size, size)) - 1
+
+
+def to_bytes(picture: NDArray[np.float64], grain: NDArray[np.float64]) -> NDArray[np.uint8]:
+    """A picture in 0..1 with noise on it, in 8 bits."""
+    return np.rint(np.clip(picture + grain * NOISE, 0, 1) * 255).astype(np.uint8)

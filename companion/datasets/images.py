@@ -125,29 +125,48 @@ def opened(data: bytes, name: str) -> "Iterator[Image]":
                 yield file
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise CompanionError(f"{name} has too many pixels for a photograph: make it smaller or remove it.") from error
+    except CompanionError:
+        raise
     except Exception as error:  # decoders raise nearly anything on damaged data
         raise CompanionError(f"{name} is damaged or not an image: replace or remove it.") from error
 
 
+# Metadata that may say which way up a picture is. Pillow's search for it takes a fifth of the time of a small picture.
+_ORIENTED = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}
+
+
 def decode(data: bytes, name: str, size: int | None = None) -> Tensor:
-    """Turn the bytes of an image file into float32 [3, H, W] in 0..1: upright (by EXIF), in 8 bits.
+    """Turn the bytes of an image file into float32 [3, H, W] in 0..1; arguments and errors are those of `pixels`."""
+    return torch.from_numpy(pixels(data, name, size)).permute(2, 0, 1).contiguous().float().div(255)
+
+
+def pixels(data: bytes, name: str, size: int | None = None, *, most: int | None = None) -> np.ndarray:
+    """Turn the bytes of an image file into uint8 [H, W, 3]: upright (by EXIF), red first.
 
     With a ``size`` it is squeezed to a square of so many pixels a side; without, it stays as large as it is.
 
     Raises:
-        CompanionError: as `opened`, or ``name`` has 16 bits per pixel.
+        CompanionError: as `opened`, or ``name`` has 16 bits per pixel, or more than ``most`` pixels.
     """
     from PIL import Image, ImageOps
 
     with opened(data, name) as file:
+        if most is not None and file.width * file.height > most:
+            raise CompanionError(
+                f"{name} has {file.width}×{file.height} pixels, and {most:,} are taken: make it smaller."
+            )
         if size is not None:
             file.draft("RGB", (2 * size, 2 * size))  # a JPEG is decoded at ½, ¼ or ⅛, several times faster
-        mode, image = file.mode, ImageOps.exif_transpose(file).convert("RGB")
+        mode = file.mode
+        file.load()  # after which all metadata are known, a PNG's too
+        image = ImageOps.exif_transpose(file) if _ORIENTED & file.info.keys() else file
+        if image.mode != "RGB":
+            image = image.convert("RGB")
     if mode.startswith("I"):  # Pillow's conversion would make nearly all of it white
         raise CompanionError(f"{name} has 16 bits per pixel: save it with 8.")
     if size is not None and image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float().div(255)
+    return np.array(image)
 
 
 def decode_mask(data: bytes, name: str) -> Tensor:

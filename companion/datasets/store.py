@@ -2,12 +2,11 @@
 
 import json
 import os
-import sys
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
-from companion.files import shipped
+from companion.files import cache_folder, shipped
 
 
 def data_folder() -> Path:
@@ -17,13 +16,7 @@ def data_folder() -> Path:
     """
     if chosen := os.environ.get("COMPANION_DATA"):
         return Path(os.path.expanduser(chosen))
-    if sys.platform == "win32":
-        cache = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
-    elif sys.platform == "darwin":
-        cache = "~/Library/Caches"
-    else:
-        cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.path.expanduser(cache)) / "companion"
+    return cache_folder()
 
 
 def manifest() -> dict[str, Any]:

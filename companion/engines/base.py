@@ -2,16 +2,18 @@
 
 import json
 import re
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 
 from companion.errors import CompanionError
+from companion.models.registry import tuples
 
 # Beside what the file says stands how to read it, under this key.
 FORMAT_KEY, FORMAT = "companion", "1"
@@ -49,6 +51,12 @@ class Metadata:
     """For text: the words, in the order of their ids."""
     input_size: tuple[int, ...] | None = None
     """Shape of one sample of the first input: (3, 32, 32) for images [N, 3, 32, 32]."""
+    stride: int | None = None
+    """What height and width of images must be multiples of, where the file leaves them open."""
+    mean: tuple[float, ...] | None = None
+    """For each channel what the network itself takes from its images, which come in 0..1, …"""
+    std: tuple[float, ...] | None = None
+    """… and divides them by. None where it takes them as they are, or says nothing."""
 
     def to_text(self) -> dict[str, str]:
         """Keys and texts, as file formats store them; what is not text itself is JSON."""
@@ -79,13 +87,17 @@ class Metadata:
                     found[name] = _tuple(found[name], "texts", lambda text: isinstance(text, str))
             if "input_size" in found:
                 found["input_size"] = _tuple(found["input_size"], "sizes", lambda n: type(n) is int and n > 0)
+            for name in ("mean", "std"):
+                if name in found:
+                    found[name] = _tuple(found[name], "numbers", lambda x: type(x) in (int, float))
+            if "stride" in found and not (type(found["stride"]) is int and found["stride"] > 0):
+                raise ValueError(f"{found['stride']!r} is no stride")
             if found.get("task", TASKS[0]) not in TASKS:
                 raise ValueError(f"{found['task']!r} is no task")
             if not found.get("model", "").isprintable():
                 raise ValueError(f"{found['model']!r} is no name")
             if "configuration" in found:
-                items = found["configuration"].items()
-                found["configuration"] = {k: tuple(v) if isinstance(v, list) else v for k, v in items}
+                found["configuration"] = {k: tuples(v) for k, v in found["configuration"].items()}
         except (AttributeError, TypeError, ValueError, RecursionError) as error:
             raise CompanionError(f"its description is damaged: {error}.") from error
         return cls(**found)
@@ -104,6 +116,10 @@ class Engine(ABC):
     what goes in and out, and writes `_run` and `_release`; the checks stand here.
     """
 
+    order: Literal["C", "K"] = "C"
+    """How arrays had best lie in memory: C-contiguous, into which `run` copies all others, or as they are (K), so that
+    images that were decoded pixel by pixel, [N, H, W, 3], need only be transposed."""
+
     def __init__(
         self,
         name: str,
@@ -111,10 +127,12 @@ class Engine(ABC):
         outputs: Sequence[TensorInfo],
         metadata: Metadata,
         batches: Sequence[Sequence[str]] | None = None,
+        *,
+        precision: str = "fp32",
     ) -> None:
         """
         Args:
-            name, inputs, outputs, metadata: as the attributes.
+            name, inputs, outputs, metadata, precision: as the attributes.
             batches: groups of inputs, by name, that must have the same number of samples; all whose first dimension
                 is free are one, unless this says otherwise.
 
@@ -128,11 +146,13 @@ class Engine(ABC):
         self.inputs = tuple(inputs)
         self.outputs = tuple(outputs)
         self.metadata = metadata
+        self.precision = precision
+        """In what convolutions and matrix products are computed: ``fp32``, ``fp16``, ``bf16``, ``int8``, ``mixed``."""
         self._closed = False
 
     @abstractmethod
     def _run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The outputs for inputs that were checked: all there, C-contiguous, of the right dtypes and shapes."""
+        """The outputs for inputs that were checked: all there, in ``self.order``, of the right dtypes and shapes."""
 
     @abstractmethod
     def _release(self) -> None:
@@ -172,7 +192,14 @@ class Engine(ABC):
             raise CompanionError(f"there is no input {unknown[0]!r}: this network takes {', '.join(names)}.")
         if missing := [name for name in names if name not in inputs]:
             raise CompanionError(f"the input {missing[0]!r} is missing: this network takes {', '.join(names)}.")
-        arrays = {info.name: _check_array(info, inputs[info.name]) for info in self.inputs}
+        arrays = {info.name: _check_array(info, inputs[info.name], self.order) for info in self.inputs}
+        if stride := self.metadata.stride:
+            for name, array in arrays.items():
+                if array.ndim == 4 and any(side % stride for side in array.shape[2:]):
+                    raise CompanionError(
+                        f"height and width of the input {name!r} must be multiples of {stride}, "
+                        f"not {array.shape[2]} and {array.shape[3]}."
+                    )
         for group in self._batches:
             if len({len(arrays[name]) for name in group}) > 1:
                 shapes = ", ".join(f"{name} {_shape_text(arrays[name].shape)}" for name in group)
@@ -198,7 +225,7 @@ class Engine(ABC):
         return f"<{self.name} engine: {' → '.join(sides)}>"
 
 
-def _check_array(info: TensorInfo, array: Any) -> np.ndarray:
+def _check_array(info: TensorInfo, array: Any, order: Literal["C", "K"]) -> np.ndarray:
     if not isinstance(array, np.ndarray):
         raise CompanionError(f"the input {info.name!r} must be a NumPy array, not {type(array).__name__}.")
     if array.dtype != np.dtype(info.dtype):
@@ -217,7 +244,7 @@ def _check_array(info: TensorInfo, array: Any) -> np.ndarray:
         raise CompanionError(
             f"the input {info.name!r} is empty, shape {_shape_text(array.shape)}: give one sample or more."
         )
-    return np.asarray(array, order="C")
+    return np.asarray(array, order=order)
 
 
 def _shape_text(shape: Sequence[int | None]) -> str:
@@ -233,6 +260,12 @@ def _check_labels(metadata: Metadata, outputs: Sequence[TensorInfo]) -> None:
     if metadata.labels is None or len(shape) not in dimensions or shape[1] in (None, len(metadata.labels)):
         return
     raise CompanionError(f"the network has {shape[1]} classes, but {len(metadata.labels)} labels were given.")
+
+
+def without_telemetry() -> None:
+    """Have OpenVINO (and nncf) imported as if the package were missing with which their import reports itself over the
+    network and leaves a file in the home folder."""
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # as Python documents it
 
 
 @contextmanager

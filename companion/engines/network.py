@@ -2,7 +2,9 @@
 
 import copy
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from companion import models
 from companion.engines.base import TASKS, Metadata, one_sentence
 from companion.errors import CompanionError
 from companion.metrics.probe import check_example
+from companion.models import yolov5
 from companion.models.registry import attach
 
 
@@ -44,8 +47,17 @@ def example_for(model: nn.Module) -> Tensor:
 
 
 def takes_any_size(model: nn.Module) -> bool:
-    """Whether a network of ours takes images of every height and width: all do whose configuration fixes none."""
-    return "image_size" not in models.describe(model).configuration
+    """Whether a network takes images of every height and width: all of ours do whose configuration fixes none, and of
+    others it is tried."""
+    try:
+        return "image_size" not in models.describe(model).configuration
+    except CompanionError:
+        return True
+
+
+def stride_of(model: nn.Module) -> int:
+    """What height and width of its images must be multiples of, as far as is known."""
+    return max(yolov5.STRIDES) if isinstance(model, yolov5.YOLOv5) else 1
 
 
 def metadata_of(
@@ -73,7 +85,8 @@ def metadata_of(
     if labels is not None:
         info = replace(info, labels=labels)
         attach(nn.Identity(), info)  # which checks their number
-    return Metadata(info.name, info.configuration, info.task, info.labels, info.vocabulary, size)
+    normalisation = (info.configuration.get("mean"), info.configuration.get("std"))
+    return Metadata(info.name, info.configuration, info.task, info.labels, info.vocabulary, size, None, *normalisation)
 
 
 def check_batch(model: nn.Module, example: Any) -> dict[str, Tensor]:
@@ -117,6 +130,14 @@ def random_like(example: Any, batch: int, generator: torch.Generator) -> Any:
     return tree_map(other, example)
 
 
+@cache
+def _numpy_has(dtype: torch.dtype) -> bool:
+    with suppress(TypeError):
+        torch.empty(0, dtype=dtype).numpy()
+        return True
+    return False
+
+
 def flatten(value: Any, root: str) -> dict[str, Tensor]:
     """The tensors in what a network takes or returns, by name.
 
@@ -128,7 +149,7 @@ def flatten(value: Any, root: str) -> dict[str, Tensor]:
         CompanionError: it is empty, or something in it is not a tensor, has numbers that NumPy lacks, or shares its
             name with another.
     """
-    leaves, _ = tree_flatten_with_path(value)
+    leaves = [((), value)] if isinstance(value, Tensor) else tree_flatten_with_path(value)[0]
     if not leaves:
         raise CompanionError(f"the network has no {root}: it must take a tensor and return one.")
     named: dict[str, Tensor] = {}
@@ -138,13 +159,11 @@ def flatten(value: Any, root: str) -> dict[str, Tensor]:
         name = root if by_number and len(leaves) == 1 else "_".join([root, *steps] if by_number else steps)
         if not isinstance(leaf, Tensor):
             raise CompanionError(f"{name} of the network is {type(leaf).__name__}: only tensors can go in and out.")
-        try:
-            torch.empty(0, dtype=leaf.dtype).numpy()
-        except TypeError as error:
+        if not _numpy_has(leaf.dtype):
             dtype = str(leaf.dtype).removeprefix("torch.")
             raise CompanionError(
                 f"{name} of the network is {dtype}, which NumPy lacks: call the network's float() first."
-            ) from error
+            )
         if name in named:
             raise CompanionError(f"two tensors of the network would both be called {name}: rename one.")
         named[name] = leaf

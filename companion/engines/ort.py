@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import onnxruntime  # type: ignore[import-untyped]
 
+from companion.engines import onnxfile
 from companion.engines.base import Engine, Metadata, TensorInfo, reason
 from companion.errors import CompanionError
 
@@ -26,7 +27,11 @@ _SILENT = 4  # only fatal errors: the others become exceptions, and would also b
 
 
 class OnnxRuntimeEngine(Engine):
-    """An ONNX file, or its bytes, run by ONNX Runtime."""
+    """An ONNX file, or its bytes, run by ONNX Runtime.
+
+    Its `precision` is that of the file. On processors without arithmetic in float16, which are all of x86 here, ONNX
+    Runtime computes such a file in float32 and rounds in between.
+    """
 
     def __init__(self, source: Path | bytes, *, threads: int, provider: str = "cpu", optimization: str = "all") -> None:
         """
@@ -40,13 +45,7 @@ class OnnxRuntimeEngine(Engine):
             CompanionError: not an ONNX file, one that lacks its weights or has operations that ONNX Runtime does not
                 know, or no such provider or level here.
         """
-        if optimization not in list(_LEVELS):
-            raise CompanionError(f"there is no optimization {optimization!r}: choose one of {', '.join(_LEVELS)}.")
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.graph_optimization_level = _LEVELS[optimization]
-        options.log_severity_level = _SILENT
+        options = session_options(threads, optimization)
         wanted = _provider(provider)
         what = "the network" if isinstance(source, bytes) else str(source)
         try:
@@ -62,7 +61,7 @@ class OnnxRuntimeEngine(Engine):
         try:
             metadata = Metadata.from_text(self._session.get_modelmeta().custom_metadata_map)
             inputs, outputs = (list(map(_info, side)) for side in (nodes, self._session.get_outputs()))
-            super().__init__("onnxruntime", inputs, outputs, metadata, _batches(nodes))
+            super().__init__("onnxruntime", inputs, outputs, metadata, _batches(nodes), precision=_precision(source))
         except CompanionError as error:
             raise CompanionError(f"{what} cannot be used: {error}") from error
 
@@ -72,6 +71,25 @@ class OnnxRuntimeEngine(Engine):
 
     def _release(self) -> None:
         del self._session
+
+
+def session_options(threads: int, optimization: str) -> Any:
+    """What a session is told: arguments and errors as of the engine."""
+    if optimization not in list(_LEVELS):
+        raise CompanionError(f"there is no optimization {optimization!r}: choose one of {', '.join(_LEVELS)}.")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.graph_optimization_level = _LEVELS[optimization]
+    options.log_severity_level = _SILENT
+    return options
+
+
+def _precision(source: Path | bytes) -> str:
+    """Read from the file, for a session does not tell."""
+    import onnx
+
+    return onnxfile.precision(onnx.load_from_string(source if isinstance(source, bytes) else source.read_bytes()))
 
 
 def _provider(name: Any) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from companion.engines.base import Engine, TensorInfo, one_sentence, reason
 from companion.engines.fusion import fold_batch_norms
@@ -32,6 +32,9 @@ class TorchEngine(Engine):
     """
 
     name = "torch"
+    order = "K"
+    _images = torch.contiguous_format
+    """How images lie in memory."""
 
     def __init__(self, model: nn.Module, *, threads: int, example: Any = None, device: str = "cpu") -> None:
         """
@@ -60,7 +63,7 @@ class TorchEngine(Engine):
         with one_sentence(f"{type(model).__name__} does not run on the example"):
             self._prepare(one)
             inputs, outputs = self._describe(one, any_size)
-        super().__init__(self.name, inputs, outputs, metadata_of(model, tensors))
+        super().__init__(self.name, inputs, outputs, metadata_of(model, tensors), precision=_precision(model))
 
     def _prepare(self, inputs: dict[str, np.ndarray]) -> None:
         """What is done to the network before it runs for the first time."""
@@ -79,7 +82,14 @@ class TorchEngine(Engine):
 
     def _arguments(self, inputs: dict[str, np.ndarray]) -> Any:
         """The inputs in the form in which the network takes them, as copies, which it may overwrite."""
-        return tree_unflatten([torch.tensor(array, device=self._device) for array in inputs.values()], self._form)
+        return tree_unflatten([self._tensor(array) for array in inputs.values()], self._form)
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        # Several times faster than torch.tensor, but not for arrays that lie backwards, or that nobody may write to.
+        plain = array.flags.writeable and all(stride >= 0 for stride in array.strides)
+        tensor = torch.from_numpy(array if plain else array.copy())
+        layout = self._images if tensor.dim() == 4 else torch.contiguous_format
+        return tensor.to(self._device, copy=True, memory_format=layout)
 
     def _run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         assert self._model is not None
@@ -97,20 +107,38 @@ class FusedTorchEngine(TorchEngine):
     before them, and images and filters stored channels-last, as convolution kernels read them."""
 
     name = "torch_fused"
+    _images = torch.channels_last
 
     def _prepare(self, inputs: dict[str, np.ndarray]) -> None:
         assert self._model is not None
         with _threads(self._threads):
-            fold_batch_norms(self._model, super()._arguments(inputs))
+            fold_batch_norms(self._model, self._arguments(inputs))
         for parameter in self._model.parameters():
             if parameter.dim() == 4:
-                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+                parameter.data = parameter.data.contiguous(memory_format=self._images)
 
-    def _arguments(self, inputs: dict[str, np.ndarray]) -> Any:
-        def images_last(tensor: Tensor) -> Tensor:
-            return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
 
-        return tree_map(images_last, super()._arguments(inputs))
+class CompiledTorchEngine(FusedTorchEngine):
+    """As `FusedTorchEngine`, compiled by torch.compile: loops are written for this network, in C++ on a CPU.
+
+    Writing and compiling them happens in the first `run`, and takes from seconds to minutes; once more at the first
+    batch of another size, which makes the code one for any. It needs a compiler, and keeps what it made in a folder
+    for temporary files.
+    """
+
+    name = "torch_compile"
+
+    def __init__(self, model: nn.Module, *, threads: int, example: Any = None, device: str = "cpu") -> None:
+        """Arguments and errors are those of `TorchEngine`."""
+        super().__init__(model, threads=threads, example=example, device=device)
+        assert self._model is not None
+        self._model.compile()
+
+
+def _precision(model: nn.Module) -> str:
+    names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
+    found = {names[p.dtype] for p in model.parameters() if p.dtype in names} or {"fp32"}
+    return found.pop() if len(found) == 1 else "mixed"
 
 
 def _device(name: str) -> torch.device:
@@ -129,6 +157,9 @@ def _device(name: str) -> torch.device:
 @contextmanager
 def _threads(count: int) -> Iterator[None]:
     before = torch.get_num_threads()
+    if before == count:  # setting it costs as much as a small layer
+        yield
+        return
     torch.set_num_threads(count)
     try:
         yield

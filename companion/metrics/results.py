@@ -177,13 +177,16 @@ class Record:
         """The table, and below it the machine, versions and settings.
 
         Args:
-            columns: the names of some columns, in the order wanted; all if not given.
+            columns: the names of some columns, in the order wanted; all if not given. Rows that have a value in none of
+                them are left out.
 
         Raises:
             CompanionError: there is no such column.
         """
         columns = _chosen(self, columns)
-        cells = [{**row.keys, **row.values} for row in self.rows]
+        values = {name for row in self.rows for name in row.values}.intersection(columns)
+        rows = [row for row in self.rows if not values or values.intersection(row.values)]
+        cells = [{**row.keys, **row.values} for row in rows]
         lines = [[_text(row[name]) if name in row else "–" for name in columns] for row in cells]
         heads = [_head(name, [row[name] for row in cells if name in row]) for name in columns]
         numeric = [not any(isinstance(row.get(name), str) for row in cells) for name in columns]

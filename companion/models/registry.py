@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from companion.errors import CompanionError
-from companion.models import cnn, layers, resnet, segmentation
+from companion.models import cnn, layers, resnet, segmentation, yolov5
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,14 @@ _IMAGENET = {"classes": 1000, "mean": layers.IMAGENET_MEAN, "std": layers.IMAGEN
 _BASIC, _BOTTLENECK = (partial(resnet.ResNet, block) for block in (resnet.BasicBlock, resnet.Bottleneck))
 _CIFAR_STEM, _IMAGENET_STEM = resnet.cifar_stem, resnet.imagenet_stem
 
+
+def _yolov5(
+    depth: float, width: float, anchors: yolov5.Anchors = yolov5.ANCHORS, classes: int = 80, image_size: int = 640
+) -> _Network:
+    settings = {"classes": classes, "depth_multiple": depth, "width_multiple": width, "anchors": anchors}
+    return _Network(yolov5.YOLOv5, settings, task="detect", image_size=image_size)
+
+
 _NETWORKS = {
     # As printed: the network that 2.3.2 and 2.3.3 serve, and the one that 2.2.3 trains with Horovod.
     "simple_cnn": _Network(cnn.SimpleCNN, {"channels": (16, 32), "hidden": 128, "image_size": 32, **_CIFAR}),
@@ -77,6 +85,9 @@ _NETWORKS = {
         task="segment",
         image_size=520,
     ),
+    # As published, for COCO; and one for digit_scenes at 160×160, of half yolov5n's width.
+    **{f"yolov5{variant}": _yolov5(depth, width) for variant, (depth, width) in yolov5.VARIANTS.items()},
+    "yolov5_tiny": _yolov5(0.33, 0.125, yolov5.DIGIT_ANCHORS, classes=10, image_size=160),
 }
 
 
@@ -98,10 +109,28 @@ def _finite(value: Any) -> bool:
     return isinstance(value, int | float) and abs(value) < 1e30
 
 
+def _anchors(value: Any) -> bool:
+    """As many for each of three scales."""
+    return (
+        _sequence(value, lambda scale: _sequence(scale, lambda pair: _sequence(pair, _side) and len(pair) == 2))
+        and len(value) == len(yolov5.STRIDES)
+        and len({len(scale) for scale in value}) == 1
+    )
+
+
+def _side(value: Any) -> bool:
+    return _finite(value) and 1 <= value <= 10_000
+
+
 _ALLOWED = {
     **dict.fromkeys(("classes", "hidden", "image_size", "width"), _Allowed("a whole number from 1", _count)),
     # Each level has twice the channels of the one above.
     "depth": _Allowed("a whole number from 1 to 6", lambda value: _count(value) and value <= 6),
+    **dict.fromkeys(
+        ("depth_multiple", "width_multiple"),
+        _Allowed("a number above 0, at most 4", lambda value: _finite(value) and 0 < value <= 4),
+    ),
+    "anchors": _Allowed("for each of three scales as many pairs of sides from 1 pixel", _anchors),
     "channels": _Allowed("whole numbers from 1", lambda value: _sequence(value, _count)),
     "mean": _Allowed("three numbers", lambda value: _sequence(value, _finite) and len(value) == 3),
     "std": _Allowed(
@@ -125,6 +154,15 @@ def image_size(name: str) -> int:
     return _network(name).image_size
 
 
+def task(name: str) -> str:
+    """What the network called ``name`` is for: ``classify``, ``text``, ``segment`` or ``detect``.
+
+    Raises:
+        CompanionError: no such network.
+    """
+    return _network(name).task
+
+
 def _network(name: str) -> _Network:
     if name not in _NETWORKS:
         raise CompanionError(f"there is no network {name!r}: choose one of {', '.join(_NETWORKS)}.")
@@ -141,15 +179,17 @@ def create(
         labels: class names in the order of the outputs; kept with the network and in its file.
         seed: draw the weights from this seed and leave torch's global generator alone; None draws from that.
         configuration: the network's own settings. All take ``classes`` (10; of ``resnet18`` and ``resnet50`` 1000, of
-            the networks that segment 11), ``mean`` and ``std`` (three numbers each, of CIFAR-10 or ImageNet). The
-            residual networks take ``width``, the channels of their first stage (16 for 14, 20 and 56 layers, else 64),
-            ``unet`` takes ``width`` (8) and ``depth`` (3). The two CNNs take ``channels`` ((16, 32) and (32, 64, 128)),
-            ``hidden`` (128 and 256) and ``image_size`` (32).
+            the networks that segment 11, of YOLOv5 80, of ``yolov5_tiny`` 10), and all but YOLOv5 ``mean`` and ``std``
+            (three numbers each, of CIFAR-10 or ImageNet). YOLOv5 takes ``depth_multiple`` and ``width_multiple``
+            (shares of the large one's) and ``anchors`` (pixels, for each of three scales pairs of width and height).
+            The residual networks take ``width``, the channels of their first stage (16 for 14, 20 and 56 layers, else
+            64), ``unet`` takes ``width`` (8) and ``depth`` (3). The two CNNs take ``channels`` ((16, 32) and
+            (32, 64, 128)), ``hidden`` (128 and 256) and ``image_size`` (32).
 
     Returns:
         The network, in training mode. `describe` tells what it is. Every image network takes float
         images [N, 3, H, W] in 0..1 and returns scores (logits): [N, classes], or to segment [N, classes, H, W];
-        normalisation is inside.
+        normalisation is inside. YOLOv5 detects: see `companion.models.yolov5.YOLOv5` for what it returns.
 
     Raises:
         CompanionError: no such network, or an argument that it does not take.
@@ -165,7 +205,7 @@ def create(
         if not allowed.test(value):
             raise CompanionError(f"{name} takes {allowed.wanted} as {key}, not {value!r}.")
     # JSON, in which the configuration travels, has lists only: make both forms one.
-    full = {k: tuple(v) if isinstance(v, list) else v for k, v in (network.settings | configuration).items()}
+    full = {k: tuples(v) for k, v in (network.settings | configuration).items()}
     try:
         with torch.random.fork_rng(devices=[], enabled=seed is not None):
             if seed is not None:
@@ -175,6 +215,11 @@ def create(
         reason = str(error).partition("\n")[0] or "too large"
         raise CompanionError(f"{name} cannot be built from {configuration}: {reason}.") from error
     return attach(model, ModelInfo(name, full, network.task, tuple(labels) if labels is not None else None))
+
+
+def tuples(value: Any) -> Any:
+    """A setting that has travelled as JSON, with tuples again for its lists."""
+    return tuple(map(tuples, value)) if isinstance(value, list | tuple) else value
 
 
 def attach(model: nn.Module, info: ModelInfo) -> nn.Module:

@@ -13,7 +13,7 @@ from companion.train.formats import (
 )
 from companion.train.loop import Epoch, History, fit, hold_out
 from companion.train.tasks import Task, task_of
-from companion.train.workers import ALONE, Workers, joined
+from companion.train.workers import ALONE, Workers, WorkersLost, joined
 
 __all__ = [
     "ALONE",
@@ -28,6 +28,7 @@ __all__ = [
     "Scores",
     "Task",
     "Workers",
+    "WorkersLost",
     "evaluate",
     "fit",
     "gradient_magnitudes",

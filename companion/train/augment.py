@@ -11,6 +11,8 @@ from torch.nn.functional import pad
 from companion.errors import CompanionError
 
 PADDING = 4  # pixels on each side, as in He et al. (2016), section 4.2
+SMALLEST = 0.6  # of an image's size, in a letterbox
+GRAY = 114 / 255  # around the pictures that YOLOv5 gets to see
 VOID = 255  # the class of a mask's pixels that neither loss nor score counts
 
 
@@ -20,17 +22,31 @@ class Placement:
 
     rows: Tensor
     columns: Tensor
+    outside: float = 0.0
+    """What images have around them."""
 
-    def __call__(self, images: Tensor, outside: float = 0) -> Tensor:
+    def __call__(self, images: Tensor, outside: float | None = None) -> Tensor:
         """Images or masks [N, C, H, W], placed so; what comes from outside is filled.
 
         One gather for the whole batch, so that it costs next to nothing beside a training step.
         """
-        padded = pad(images, [PADDING] * 4, value=outside)
+        padded = pad(images, [PADDING] * 4, value=self.outside if outside is None else outside)
         batch = torch.arange(len(images), device=images.device)
         rows, columns = self.rows.to(images.device), self.columns.to(images.device)
         # Indices on both sides of the slice put the channels last: [N, H, W, C].
         return padded[batch[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+    def boxes(self, boxes: Tensor) -> Tensor:
+        """Boxes [N, K, 4] as x1, y1, x2, y2 around the pixels that are theirs now; all zeros if none is left."""
+        sides = []
+        for low, sources in enumerate((self.columns, self.rows)):
+            sources = sources[:, None].to(boxes.device) - PADDING
+            theirs = (boxes[..., low, None] <= sources) & (sources < boxes[..., low + 2, None])  # [N, K, W or H]
+            first = theirs.int().argmax(2)  # of equal ones the first
+            sides.append((first, first + theirs.sum(2)))
+        (x1, x2), (y1, y2) = sides
+        left = ((x2 > x1) & (y2 > y1))[..., None]
+        return torch.stack((x1, y1, x2, y2), 2).to(boxes.dtype) * left
 
 
 def shift(n: int, height: int, width: int) -> Placement:
@@ -47,7 +63,28 @@ def shift_flip(n: int, height: int, width: int) -> Placement:
     return Placement(shifted.rows, torch.where(mirrored, last - shifted.columns, shifted.columns))
 
 
-AUGMENTATIONS: dict[str, Callable[[int, int, int], Placement]] = {"shift": shift, "shift_flip": shift_flip}
+def letterbox(n: int, height: int, width: int) -> Placement:
+    """Half of the images shrunk, to no less than 0.6 of their size, somewhere on gray: for detectors.
+
+    They get pictures of all proportions, with gray at two edges, and find things in gray that they never saw.
+    """
+    scale = torch.where(torch.rand(n, 1) < 0.5, 1.0, SMALLEST + (1 - SMALLEST) * torch.rand(n, 1))
+    rows, columns = (_shrunk(scale, torch.rand(n, 1), size) for size in (height, width))
+    return Placement(rows, columns, outside=GRAY)
+
+
+def _shrunk(scale: Tensor, place: Tensor, size: int) -> Tensor:
+    """Sources [N, size] of pixels in a row; 0, which is outside, for those around the shrunken one."""
+    start = (place * (1 - scale) * size).floor()
+    source = ((torch.arange(size) - start) / scale).floor().long()
+    return torch.where((source >= 0) & (source < size), source + PADDING, 0)
+
+
+AUGMENTATIONS: dict[str, Callable[[int, int, int], Placement]] = {
+    "shift": shift,
+    "shift_flip": shift_flip,
+    "letterbox": letterbox,
+}
 
 
 def augmentation(
@@ -59,7 +96,7 @@ def augmentation(
     changed alike however the batch is divided.
 
     Args:
-        name: ``shift``, ``shift_flip`` or None.
+        name: ``shift``, ``shift_flip``, ``letterbox`` or None.
         follow: what becomes of the targets when the images are placed otherwise; None if there is no saying.
 
     Raises:
@@ -74,7 +111,7 @@ def augmentation(
 
     def change(images: Tensor, targets: Any, part: Sequence[int], n: int) -> tuple[Tensor, Any]:
         whole = AUGMENTATIONS[name](n, *images.shape[2:])
-        placement = Placement(whole.rows[list(part)], whole.columns[list(part)])
+        placement = Placement(whole.rows[list(part)], whole.columns[list(part)], whole.outside)
         return placement(images), follow(targets, placement)
 
     return change

@@ -25,7 +25,7 @@ class Scores:
 
     samples: int
     loss: float
-    """Mean over the samples; of masks, over all pixels that are not void."""
+    """Mean over the samples; of masks, over all pixels that are not void; of boxes NaN, for they do not tell it."""
     metrics: dict[str, float]
     """Scores by name, in 0..1, the task's main one first."""
 
@@ -51,7 +51,7 @@ def evaluate(
     Args:
         model: takes a batch of the data's samples.
         data: a data set of companion.datasets, or any map-style one of (input, target) samples.
-        batch_size: samples at a time; 256, of masks 32, if not given.
+        batch_size: samples at a time; 256, of masks and boxes 32, if not given.
         precision, device, num_workers, progress: as in `fit`.
         workers: those of `joined`, if there are several: each judges its share, once, and all get the whole result.
 

@@ -6,9 +6,13 @@ batches stay as large as at the beginning, and each is divided anew, the run is 
 A. Sergeev and M. Del Balso, Horovod: fast and easy distributed deep learning in TensorFlow, 2018 (arXiv:1802.05799).
 """
 
+import json
 import os
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from companion.errors import CompanionError
-from companion.train.workers import Job, Workers, lost
+from companion.train.workers import Job, Workers, WorkersLost, on_gpu
 
 COMMIT = 10
 """Steps after which an elastic run keeps a copy of its state: what the loss of a worker may cost."""
@@ -58,6 +62,11 @@ class Horovod(Workers):
         return self.hvd.broadcast_object(value, name="share")
 
     def join(self, model: nn.Module, optimizer: Optimizer, parts: int) -> tuple[nn.Module, Optimizer]:
+        if on_gpu(model) and not self.hvd.cuda_built():
+            raise CompanionError(
+                "this Horovod is built for CPUs, as `make horovod` does it: train with --device cpu, or on GPUs with "
+                "--distributed ddp."
+            )
         state = optimizer.state_dict()  # the wrapped one begins without
         joined = self.hvd.DistributedOptimizer(
             optimizer,
@@ -85,7 +94,7 @@ class Horovod(Workers):
         try:
             yield
         except HorovodInternalError as error:
-            raise lost(self) from error
+            raise WorkersLost(self) from error
 
 
 class Elastic(Horovod):
@@ -151,8 +160,60 @@ def horovodrun(compression: str) -> Iterator[Workers]:
     if "HOROVOD_CONTROLLER" not in os.environ:
         raise CompanionError(HOW)
     hvd.init()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(hvd.local_rank() % torch.cuda.device_count())
     try:
         elastic = os.environ.get("HOROVOD_ELASTIC") == "1"
         yield (Elastic if elastic else Horovod)(hvd, compression)
     finally:
         hvd.shutdown()
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One tensor's way over the network, as worker 0 saw it; seconds since the timeline's beginning."""
+
+    tensor: str
+    """Horovod's name of it; of gradients ``allreduce.`` and the parameter's name."""
+    ready: float
+    """When the first worker had it; from then on it waits for the others."""
+    start: float
+    """When all had it, and it went on its way."""
+    end: float
+
+
+def read_timeline(path: str | os.PathLike[str]) -> list[Exchange]:
+    """The exchanges in a file of ``horovodrun --timeline-filename``, by the time at which they were ready.
+
+    An exchange that had not ended when its run did is left out.
+
+    Raises:
+        CompanionError: the file cannot be read, or is none of Horovod's.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8").rstrip().rstrip(",")  # a run that was killed leaves its list open
+        events = json.loads(text if text.endswith("]") else text + "]")
+        names: dict[int, str] = {}
+        open_phases: dict[int, list[tuple[str, float]]] = defaultdict(list)
+        ready: dict[int, float] = {}
+        found = []
+        for event in events:
+            kind = event["ph"]
+            if kind not in "MBE":
+                continue
+            row = event["pid"]
+            if kind == "M" and "name" in event["args"]:
+                names[row] = event["args"]["name"]
+            elif kind == "B":
+                open_phases[row].append((event["name"], event["ts"] / 1e6))
+            elif kind == "E":
+                phase, start = open_phases[row].pop()
+                if phase.startswith("NEGOTIATE_"):
+                    ready[row] = start
+                elif not open_phases[row]:  # the whole of it; its parts are inside
+                    found.append(Exchange(names[row], ready.pop(row), start, event["ts"] / 1e6))
+    except OSError as error:
+        raise CompanionError(f"cannot read {path}: {error.strerror or error}.") from error
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise CompanionError(f"{path} is no timeline of Horovod.") from error
+    return sorted(found, key=lambda exchange: exchange.ready)

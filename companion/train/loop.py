@@ -56,9 +56,9 @@ class Epoch:
     train_loss: float
     """Mean over the epoch's samples (of masks: pixels that are not void), while the weights were changing."""
     validation_loss: float | None
-    """The same of the validation split, after the epoch; None without one."""
+    """The same of the validation split, after the epoch; None without one, and of boxes, which do not tell it."""
     validation_score: float | None
-    """The task's main score in 0..1 (accuracy, mean IoU) on the validation split after the epoch."""
+    """The task's main score in 0..1 (accuracy, mean IoU, mAP) on the validation split after the epoch."""
     seconds: float
     """Wall time of the epoch, validation included; of a resumed epoch, the part after the resume."""
 
@@ -123,14 +123,15 @@ def fit(
         weight_decay: AdamW's.
         precision: ``fp32``, ``bf16``, or on a GPU ``fp16`` and ``tf32``; the weights stay float32.
         accumulate: parts in which a worker computes its samples of a step, one after the other: the step is the same
-            (but for batch normalisation, which sees a part at a time), and activations take as much less memory.
+            (but for batch normalisation, which sees a part at a time), and activations take as much less memory. A
+            run that is resumed with fewer workers may need more parts.
         clip_norm: the longest gradient that a step may apply, as the 2-norm over all weights; a longer one is
             shortened to it.
         validation: a data set, or the share of ``train_data`` to hold out (chosen by the seed), or 0 for none:
             then the last epoch counts as the best. Samples of one group, if the data set has ``groups`` [N] (such as
             several images made from one scan), are held out together.
-        augment: ``shift`` (by up to 4 pixels), ``shift_flip`` (and mirrored) or None; "default" takes what the data set
-            says suits it.
+        augment: ``shift`` (by up to 4 pixels), ``shift_flip`` (and mirrored), ``letterbox`` (half of them shrunk, on
+            gray) or None; "default" takes what the data set says suits it.
         seed: of the order, the hold-out, the augmentation, dropout, and the transforms of the samples.
         device: where to compute; None takes a CUDA GPU if there is one. The network returns to where it was.
         num_workers: processes that read samples ahead, of each worker. Safe where processes are spawned, if the data
@@ -179,6 +180,8 @@ def fit(
     augment = attribute(train_data, "augmentation") if augment == "default" else augment
     change = augmentation(augment, task.follow)
     training, held_out = hold_out(train_data, validation, seed)
+    if held_out is not None:
+        task.meter()  # what judging lacks shows now, not after an epoch
     settings = {
         **_identity(model),
         "labels": attribute(train_data, "labels"),
@@ -189,7 +192,6 @@ def fit(
         "lr": lr,
         "weight_decay": weight_decay,
         "precision": precision,
-        "accumulate": accumulate,
         "clip_norm": clip_norm,
         "sync_batch_norm": sync_batch_norm,
         "augment": augment,
@@ -332,7 +334,7 @@ class Job:
                 refusal = str(error)  # of all workers, or the others would wait for this one
         if self.workers.size > 1:
             shapes = {key: (tuple(value.shape), str(value.dtype)) for key, value in self.model.state_dict().items()}
-            ours = shapes | self.settings
+            ours = shapes | self.settings | {"accumulate": self.accumulate}
             for rank, theirs in enumerate(self.workers.gather(ours)):
                 for key in ours | theirs:
                     if repr(ours.get(key)) != repr(theirs.get(key)):
@@ -519,7 +521,7 @@ class _Run:
             epoch=number,
             learning_rate=optimizer.param_groups[0]["lr"],
             train_loss=self.loss_sum / max(1, self.weight_sum),  # 0 pixels, if all are void
-            validation_loss=None if validated is None else validated.loss,
+            validation_loss=None if validated is None or math.isnan(validated.loss) else validated.loss,
             validation_score=None if validated is None else validated.main,
             seconds=seconds,
         )

@@ -2,15 +2,25 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import ConcatDataset, Subset, default_collate
 
 from companion.errors import CompanionError
+from companion.models import yolov5_loss
+from companion.models.boxes import candidates, suppress
+from companion.models.yolov5 import STRIDES
 from companion.train.augment import VOID, Placement
+
+# How detectors are judged: by nearly all boxes, of which suppression leaves more than in use, as YOLOv5's authors do;
+# but by the likeliest class of each, and the best 100 of a picture, which is all that COCO's evaluator looks at.
+CONFIDENCE, OVERLAP, MOST = 0.001, 0.6, 100
+LARGEST_STRIDE = STRIDES[-1]
 
 
 class Meter(Protocol):
@@ -84,6 +94,55 @@ class Overlap:
         return {"mean_iou": mean_iou, "pixel_accuracy": (both.sum() / self.confusion.sum()).item()}
 
 
+class AveragePrecision:
+    """Mean average precision of boxes [N, A, 5 + classes] as YOLOv5 returns them, by COCO's own evaluator.
+
+    Candidates go through suppression first, and the best 100 of a picture count. A box is right if it overlaps an
+    object of its class that no surer one has found; a class' precision is averaged over 101 levels of recall (Lin et
+    al., Microsoft COCO, 2014).
+
+    Raises:
+        CompanionError: the evaluator is not installed.
+    """
+
+    def __init__(self) -> None:
+        if any(find_spec(name) is None for name in ("torchmetrics", "pycocotools")):
+            raise CompanionError(
+                "detectors are judged by torchmetrics and pycocotools, which are not installed: "
+                'pip install -c constraints.txt -e ".[detect]".'
+            )
+        self.found: list[dict[str, Tensor]] = []
+        self.wanted: list[dict[str, Tensor]] = []
+
+    def update(self, outputs: Tensor, targets: Tensor) -> None:
+        for output, target in zip(outputs.float().cpu().numpy(), targets.cpu(), strict=True):
+            boxes, scores, classes = candidates(output, CONFIDENCE)
+            kept = suppress(boxes, scores, classes, overlap=OVERLAP, most=MOST)
+            named = zip(("boxes", "scores", "labels"), (boxes, scores, classes), strict=True)
+            self.found.append({name: torch.from_numpy(values[kept]) for name, values in named})
+            target = target[target[:, 0] >= 0]
+            self.wanted.append({"boxes": target[:, 1:], "labels": target[:, 0].long()})
+
+    def merge(self, other: "AveragePrecision") -> None:
+        self.found += other.found
+        self.wanted += other.wanted
+
+    def compute(self) -> dict[str, float]:
+        """``map50_95``, the mean over overlaps of 0.5, 0.55, … 0.95, which COCO ranks by, and ``map50``, for 0.5.
+
+        Raises:
+            CompanionError: there is no object in any picture.
+        """
+        from torchmetrics.detection import MeanAveragePrecision  # seconds of imports
+
+        if not any(len(target["labels"]) for target in self.wanted):
+            raise CompanionError("the pictures have nothing to judge by: there is no object in any of them.")
+        evaluator = MeanAveragePrecision(box_format="xyxy", backend="pycocotools")
+        evaluator.update(self.found, self.wanted)
+        found = evaluator.compute()
+        return {"map50_95": found["map"].item(), "map50": found["map_50"].item()}
+
+
 def _classification_loss(model: nn.Module, outputs: Tensor, targets: Tensor) -> Tensor:
     return cross_entropy(outputs, targets)
 
@@ -94,12 +153,38 @@ def _segmentation_loss(model: nn.Module, outputs: Tensor, targets: Tensor) -> Te
 
 
 def _segmentation_batch(samples: list[Any]) -> tuple[Tensor, Tensor]:
-    shapes = {tuple(value.shape[-2:]) for sample in samples for value in sample}
-    if len(shapes) > 1:
-        sizes = " and ".join(f"{width}×{height}" for height, width in sorted(shapes))
-        raise CompanionError(f"images and masks of a batch must have one size, not {sizes} pixels.")
+    _check_sizes("images and masks", [value for sample in samples for value in sample])
     images, masks = default_collate(samples)
     return images, masks
+
+
+def _check_sizes(what: str, pictures: list[Tensor]) -> None:
+    shapes = {tuple(picture.shape[-2:]) for picture in pictures}
+    if len(shapes) > 1:
+        sizes = " and ".join(f"{width}×{height}" for height, width in sorted(shapes))
+        raise CompanionError(f"{what} of a batch must have one size, not {sizes} pixels.")
+
+
+def _detection_batch(samples: list[Any]) -> tuple[Tensor, Tensor]:
+    """Images [N, 3, H, W] and objects [N, K, 5], class and corners; class −1 where a picture has fewer than K."""
+    images = [image for image, _ in samples]
+    _check_sizes("images", images)
+    height, width = images[0].shape[-2:]
+    if height % LARGEST_STRIDE or width % LARGEST_STRIDE:
+        raise CompanionError(f"a detector needs images of sides that {LARGEST_STRIDE} divides, not {width}×{height}.")
+    for number, (_, found) in enumerate(samples):
+        if not (found["boxes"][:, 2:] >= found["boxes"][:, :2]).all():  # NaN is not
+            raise CompanionError(
+                f"image {number} of a batch has a box that is none: give corners, x1 ≤ x2 and y1 ≤ y2, in pixels."
+            )
+    tables = [torch.cat((found["labels"][:, None].float(), found["boxes"]), 1) for _, found in samples]
+    return torch.stack(images), pad_sequence(tables, batch_first=True, padding_value=-1)
+
+
+def _detection_follow(targets: Tensor, placement: Placement) -> Tensor:
+    boxes = placement.boxes(targets[..., 1:])
+    there = (targets[..., :1] >= 0) & (boxes[..., 2:3] > boxes[..., :1])
+    return torch.where(there, torch.cat((targets[..., :1], boxes), 2), -1.0)
 
 
 @dataclass(frozen=True)
@@ -117,6 +202,8 @@ class Task:
     """Targets, after augmentation has placed the pictures otherwise; None: this task has no augmentation."""
     evaluation_batch: int = 256
     """Samples at a time when no gradients are kept."""
+    epochs: int = 10
+    """Passes over the training data of ``companion train`` that is not told how many."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Plain values that a resumed run must share with the one it goes on with, such as the weights of a loss."""
 
@@ -130,6 +217,14 @@ TASKS = {
         weight=lambda masks: (masks != VOID).sum(),
         follow=lambda masks, placement: placement(masks[:, None], VOID)[:, 0],
         evaluation_batch=32,  # every level of the network keeps a picture of many channels
+    ),
+    "detect": Task(
+        _detection_batch,
+        yolov5_loss.loss,
+        AveragePrecision,
+        follow=_detection_follow,
+        evaluation_batch=32,
+        epochs=25,
     ),
 }
 

@@ -100,6 +100,13 @@ class Workers:
 ALONE = Workers()
 
 
+def gather(value: Any) -> list[Any]:
+    """Every worker's ``value``, any picklable object, by rank, over torch.distributed."""
+    values = [None] * distributed.get_world_size()
+    distributed.all_gather_object(values, value)
+    return values
+
+
 class Distributed(Workers):
     """The workers of torch.distributed's default process group; gradients by DistributedDataParallel."""
 
@@ -114,9 +121,7 @@ class Distributed(Workers):
         return values
 
     def gather(self, value: Any) -> list[Any]:
-        values = [None] * self.size
-        distributed.all_gather_object(values, value)
-        return values
+        return gather(value)
 
     def share(self, value: Any) -> Any:
         values = [value]
@@ -124,6 +129,11 @@ class Distributed(Workers):
         return values[0]
 
     def join(self, model: nn.Module, optimizer: Optimizer, parts: int) -> tuple[nn.Module, Optimizer]:
+        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+        if on_gpu(model) and here > gpus:
+            raise CompanionError(
+                f"{here} workers need as many GPUs, and there are {gpus}: start fewer, or train with --device cpu."
+            )
         # The running statistics of batch normalisation are averaged by fit, not taken from rank 0 at every step.
         new = "forward_sync_buffers"  # the argument's name from torch 2.14 on
         known = inspect.signature(DistributedDataParallel).parameters
@@ -144,16 +154,22 @@ class Distributed(Workers):
         except RuntimeError as error:
             text = str(error).lower()
             if isinstance(error, distributed.DistError) or "gloo" in text or "connection" in text:
-                raise lost(self) from error
+                raise WorkersLost(self) from error
             raise
 
 
-def lost(workers: Workers) -> CompanionError:
-    """The refusal to go on without the others."""
-    return CompanionError(
-        f"worker {workers.rank} of {workers.size} lost the others (one died, or the network between them): "
-        "start all of them again, with --resume to go on from the last checkpoint."
-    )
+def on_gpu(model: nn.Module) -> bool:
+    return any(parameter.device.type == "cuda" for parameter in model.parameters())
+
+
+class WorkersLost(CompanionError):
+    """The refusal to go on without the other workers."""
+
+    def __init__(self, workers: Workers) -> None:
+        super().__init__(
+            f"worker {workers.rank} of {workers.size} lost the others (one died, or the network between them): "
+            "start all of them again, with --resume to go on from the last checkpoint."
+        )
 
 
 @contextmanager
@@ -170,7 +186,18 @@ def _torchrun(timeout: float, compression: str) -> Iterator[Workers]:
     if gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     try:
-        distributed.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(seconds=timeout))
+        patience = timedelta(seconds=timeout)
+        store, rank, size = next(distributed.rendezvous("env://", timeout=patience))
+        # When torchrun starts all workers again, its store still has the addresses of those before.
+        attempt = distributed.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        one_host = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]  # several count restarts apart
+        distributed.init_process_group(
+            "cpu:gloo,cuda:nccl" if gpu else "gloo",
+            store=attempt if one_host else store,
+            rank=rank,
+            world_size=size,
+            timeout=patience,
+        )
     except (distributed.DistError, RuntimeError, ValueError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise CompanionError(

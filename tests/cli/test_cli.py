@@ -24,14 +24,6 @@ def companion(*arguments, cwd=None, **env):
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=os.environ | env, timeout=240)
 
 
-def call(capsys, *arguments):
-    """The same in this process, which is faster: exit code, standard output, standard error."""
-    with pytest.raises(SystemExit) as ended:
-        cli.main([str(argument) for argument in arguments])
-    out, err = capsys.readouterr()
-    return ended.value.code, out, err
-
-
 def refused(result, says):
     code, _out, err = result
     assert code in (1, 2), err
@@ -59,16 +51,16 @@ def test_train_reports_saves_and_cleans_up(trained):
     assert models.describe(models.load(path)).labels == tuple("0123456789")
 
 
-def test_evaluate_repeats_what_train_reported(trained, capsys):
+def test_evaluate_repeats_what_train_reported(trained, call):
     path, out = trained
-    code, evaluated, _ = call(capsys, "evaluate", path, "--threads", "1")
+    code, evaluated, _ = call("evaluate", path, "--threads", "1")
     assert code == 0
     reported = next(line for line in out.splitlines() if line.startswith("test")).split(maxsplit=1)[1]
     assert evaluated.strip().endswith(reported)
 
 
-def test_evaluate_json(trained, capsys):
-    code, out, _ = call(capsys, "evaluate", trained[0], "--json")
+def test_evaluate_json(trained, call):
+    code, out, _ = call("evaluate", trained[0], "--json")
     found = json.loads(out)
     assert code == 0
     assert found.keys() == {"model", "data", "split", "samples", "loss", "accuracy"}
@@ -84,7 +76,7 @@ def test_defaults_reach_97_percent():
     train.fit(
         model,
         data["train"],
-        epochs=settings["epochs"].default,
+        epochs=train.task_of(data["train"]).epochs,
         batch_size=settings["batch_size"].default,
         lr=settings["lr"].default,
         progress=False,
@@ -98,9 +90,9 @@ def test_command_line_and_library_have_the_same_defaults():
         assert ours[name].default == theirs[name].default, name
 
 
-def test_no_arguments_and_help(capsys):
+def test_no_arguments_and_help(call):
     for arguments in ([], ["--help"], ["train", "--help"], ["data", "--help"], ["doctor", "--help"]):
-        code, out, err = call(capsys, *arguments)
+        code, out, err = call(*arguments)
         assert (code, err) == (0, "")
         assert out.startswith("Usage: companion")
 
@@ -137,29 +129,29 @@ def test_no_arguments_and_help(capsys):
         (["data", "get", "mnist"], "mnist"),
     ],
 )
-def test_wrong_input_is_one_sentence_and_leaves_nothing(capsys, tmp_path, monkeypatch, arguments, says):
+def test_wrong_input_is_one_sentence_and_leaves_nothing(call, tmp_path, monkeypatch, arguments, says):
     monkeypatch.chdir(tmp_path)
-    refused(call(capsys, *arguments), says)
+    refused(call(*arguments), says)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("content", [b"", b"not weights at all", b"PK\x03\x04" * 100])
-def test_unusable_weights_files(capsys, tmp_path, content):
+def test_unusable_weights_files(call, tmp_path, content):
     (tmp_path / "x.safetensors").write_bytes(content)
-    refused(call(capsys, "evaluate", tmp_path / "x.safetensors"), "is not a safetensors file or is damaged")
+    refused(call("evaluate", tmp_path / "x.safetensors"), "is not a safetensors file or is damaged")
 
 
-def test_weights_for_other_classes(capsys, trained, tmp_path):
+def test_weights_for_other_classes(call, trained, tmp_path):
     from PIL import Image
 
     for split in ("train", "test"):
         for label in ("cat", "dog"):
             (tmp_path / split / label).mkdir(parents=True)
             Image.new("RGB", (32, 32)).save(tmp_path / split / label / "0.png")
-    refused(call(capsys, "evaluate", trained[0], "--data", f"folder:{tmp_path}"), "has 10 classes")
+    refused(call("evaluate", trained[0], "--data", f"folder:{tmp_path}"), "has 10 classes")
 
 
-def test_images_of_ones_own(capsys, tmp_path, monkeypatch):
+def test_images_of_ones_own(call, tmp_path, monkeypatch):
     """Folders of pictures in any size train a network that knows their names."""
     from PIL import Image
 
@@ -169,7 +161,7 @@ def test_images_of_ones_own(capsys, tmp_path, monkeypatch):
         for i in range(20):
             Image.new("RGB", (40 + i, 50), colour).save(tmp_path / "pictures" / label / f"{i}.png")
     arguments = ("--data", "folder:pictures", "--epochs", "3")
-    code, out, err = call(capsys, "train", "cifar_resnet14", *arguments, "--batch-size", "8")
+    code, out, err = call("train", "cifar_resnet14", *arguments, "--batch-size", "8")
     assert code == 0, err
     assert "accuracy 100.00 %" in out
     assert models.describe(models.load("cifar_resnet14-pictures.safetensors")).labels == ("green", "red")
@@ -206,15 +198,15 @@ def remove_all(folder):
     ("spoil", "says"),
     [(spoil_all, ".png is damaged"), (remove_a_class, "only one class, 'red'"), (remove_all, "holds no images")],
 )
-def test_unusable_folders(capsys, tmp_path, pictures, spoil, says, workers):
+def test_unusable_folders(call, tmp_path, pictures, spoil, says, workers):
     spoil(pictures)
     out = tmp_path / "x.safetensors"
     arguments = ["cifar_resnet14", "--data", f"folder:{pictures}", "--epochs", "1", "--workers", workers, "--out", out]
-    refused(call(capsys, "train", *arguments), says)
+    refused(call("train", *arguments), says)
     assert {path.name for path in tmp_path.iterdir()} == {"pictures"}
 
 
-def test_a_damaged_test_picture_is_named_and_costs_no_training(capsys, tmp_path, pictures):
+def test_a_damaged_test_picture_is_named_and_costs_no_training(call, tmp_path, pictures):
     """Found only after the training, whose weights are kept."""
     from companion.datasets import load
 
@@ -222,7 +214,7 @@ def test_a_damaged_test_picture_is_named_and_costs_no_training(capsys, tmp_path,
     (pictures / damaged).write_bytes(b"not a picture")
     out = tmp_path / "x.safetensors"
     arguments = ["cifar_resnet14", "--data", f"folder:{pictures}", "--epochs", "1", "--out", out]
-    code, printed, err = call(capsys, "train", *arguments)
+    code, printed, err = call("train", *arguments)
     refused((code, printed, err), f"{damaged} is damaged")
     assert f"in {out}" in printed
     assert models.load(out)
@@ -237,7 +229,7 @@ def test_a_damaged_test_picture_is_named_and_costs_no_training(capsys, tmp_path,
         ("absent", "cannot reach"),
     ],
 )
-def test_downloads_that_fail(capsys, tmp_path, monkeypatch, server, says):
+def test_downloads_that_fail(call, tmp_path, monkeypatch, server, says):
     """Against a server of our own on this machine, and a manifest entry for a small file."""
     content = bytes(range(256)) * 1000
     entry = {"url": "", "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
@@ -268,7 +260,7 @@ def test_downloads_that_fail(capsys, tmp_path, monkeypatch, server, says):
         try:
             if server == "absent":
                 httpd.socket.close()
-            refused(call(capsys, "data", "get", "cifar10", "--url", url, "--timeout", timeout), says)
+            refused(call("data", "get", "cifar10", "--url", url, "--timeout", timeout), says)
         finally:
             done.set()
             httpd.shutdown()
@@ -276,45 +268,45 @@ def test_downloads_that_fail(capsys, tmp_path, monkeypatch, server, says):
     assert not list((tmp_path / "data").iterdir())
 
 
-def test_data_list_and_verify(capsys, monkeypatch, tmp_path):
+def test_data_list_and_verify(call, monkeypatch, tmp_path):
     monkeypatch.setenv("COMPANION_DATA", str(tmp_path))
-    code, out, _ = call(capsys, "data", "list")
+    code, out, _ = call("data", "list")
     assert code == 0
     assert [line.split()[0] for line in out.splitlines()[1:-2]] == datasets.names()
     assert "missing" in out
     assert str(tmp_path) in out
-    code, out, _ = call(capsys, "data", "verify")
+    code, out, _ = call("data", "verify")
     assert code == 0
     manifest = datasets.store.manifest()
     assert out.count(" ok ") == 2 * len(manifest["generated"]) + len(manifest["shipped"])
     (tmp_path / "cifar10.zip").write_bytes(b"PK nonsense")
-    code, out, err = call(capsys, "data", "verify")
+    code, out, err = call("data", "verify")
     assert code == 1
     assert "WRONG" in out
     assert err == "companion: some data are not what they should be; see the lines marked WRONG.\n"
 
 
-def test_resume_with_nothing_to_resume_says_so_and_trains_whatever_lies_at_out(capsys, tmp_path, pictures):
+def test_resume_with_nothing_to_resume_says_so_and_trains_whatever_lies_at_out(call, tmp_path, pictures):
     """OUT may be of an older run: taking it for this one's would be wrong."""
     out = tmp_path / "x.safetensors"
     models.save(models.create("simple_cnn"), out)
     arguments = ["cifar_resnet14", "--data", f"folder:{pictures}", "--epochs", "1", "--out", out]
-    code, printed, _ = call(capsys, "train", *arguments, "--resume")
+    code, printed, _ = call("train", *arguments, "--resume")
     assert code == 0
     assert "there is no unfinished run in" in printed
     assert models.describe(models.load(out)).name == "cifar_resnet14"
 
 
-def test_training_says_that_it_replaces_a_file(capsys, tmp_path, pictures):
+def test_training_says_that_it_replaces_a_file(call, tmp_path, pictures):
     out = tmp_path / "x.safetensors"
     arguments = ["train", "cifar_resnet14", "--data", f"folder:{pictures}", "--epochs", "1", "--out", out]
-    assert "will be replaced" not in call(capsys, *arguments)[1]
-    assert f"{out} exists: it will be replaced" in call(capsys, *arguments)[1]
+    assert "will be replaced" not in call(*arguments)[1]
+    assert f"{out} exists: it will be replaced" in call(*arguments)[1]
 
 
-def test_names_that_would_command_the_terminal_are_shown_not_obeyed(capsys, tmp_path):
+def test_names_that_would_command_the_terminal_are_shown_not_obeyed(call, tmp_path):
     (tmp_path / "a\n\x1b[31mred").mkdir()
-    code, _, err = call(capsys, "train", "simple_cnn", "--data", f"folder:{tmp_path}/a\n\x1b[31mred")
+    code, _, err = call("train", "simple_cnn", "--data", f"folder:{tmp_path}/a\n\x1b[31mred")
     assert code == 1
     assert err.count("\n") == 1
     assert "\x1b" not in err
@@ -362,21 +354,21 @@ def mount_tmpfs(folder: Path, options: str):
         pytest.skip(f"mounting a file system is not allowed here: {done.stderr.strip()}")
 
 
-def test_full_disk(capsys, tmp_path):
+def test_full_disk(call, tmp_path):
     disk = tmp_path / "disk"
     mount_tmpfs(disk, "size=256k")  # the weights take a megabyte
     try:
-        refused(call(capsys, "train", "simple_cnn", "--epochs", "1", "--out", disk / "x.safetensors"), "No space left")
+        refused(call("train", "simple_cnn", "--epochs", "1", "--out", disk / "x.safetensors"), "No space left")
         assert not list(disk.iterdir())
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_read_only_folder(capsys, tmp_path):
+def test_read_only_folder(call, tmp_path):
     disk = tmp_path / "disk"
     mount_tmpfs(disk, "size=1m,ro")
     try:
-        refused(call(capsys, "train", "simple_cnn", "--out", disk / "x.safetensors"), "Read-only file system")
+        refused(call("train", "simple_cnn", "--out", disk / "x.safetensors"), "Read-only file system")
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
@@ -394,11 +386,11 @@ def test_ctrl_c_leaves_nothing_half_written(tmp_path):
     assert {file.name for file in tmp_path.iterdir()} <= {"simple_cnn-digits.safetensors.checkpoint"}
 
 
-def test_an_interrupted_run_says_how_to_go_on_and_does(capsys, tmp_path, monkeypatch):
+def test_an_interrupted_run_says_how_to_go_on_and_does(call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "fit", functools.partial(train.fit, checkpoint_seconds=0))
     arguments = ("train", "simple_cnn", "--epochs", "3", "--threads", "1", "--out")
-    assert call(capsys, *arguments, "whole.safetensors")[0] == 0
+    assert call(*arguments, "whole.safetensors")[0] == 0
 
     def interrupt(epoch):
         if epoch.epoch == 2:
@@ -406,21 +398,21 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(capsys, tmp_path, monkeyp
 
     with monkeypatch.context() as patch:
         patch.setattr(cli, "_epoch", interrupt)
-        code, _, err = call(capsys, *arguments, "x.safetensors")
+        code, _, err = call(*arguments, "x.safetensors")
     assert code == 130
     assert err.strip() == "companion: interrupted; the same command with --resume goes on."
-    refused(call(capsys, *arguments, "x.safetensors"), "holds an unfinished run")
-    refused(call(capsys, *arguments, "x.safetensors", "--resume", "--seed", "1"), "is of another run")
-    code, out, _ = call(capsys, *arguments, "x.safetensors", "--resume")
+    refused(call(*arguments, "x.safetensors"), "holds an unfinished run")
+    refused(call(*arguments, "x.safetensors", "--resume", "--seed", "1"), "is of another run")
+    code, out, _ = call(*arguments, "x.safetensors", "--resume")
     assert code == 0
     assert "epoch   1" not in out
     assert Path("x.safetensors").read_bytes() == Path("whole.safetensors").read_bytes()
     assert sorted(file.name for file in tmp_path.iterdir()) == ["whole.safetensors", "x.safetensors"]
 
 
-def test_doctor_json_is_complete(capsys, monkeypatch):
+def test_doctor_json_is_complete(call, monkeypatch):
     monkeypatch.setattr(doctor, "PARTS", doctor.PARTS[:1])
-    code, out, _ = call(capsys, "doctor", "--json")
+    code, out, _ = call("doctor", "--json")
     found = json.loads(out)
     assert code == 0
     assert found["parts"][0]["state"] == "works"
@@ -453,10 +445,10 @@ def test_doctor_tells_working_missing_and_broken_apart(monkeypatch, module, tria
     assert time.monotonic() - start < 40
 
 
-def test_doctor_survives_a_broken_torch(capsys, monkeypatch):
+def test_doctor_survives_a_broken_torch(call, monkeypatch):
     monkeypatch.setattr(doctor, "PARTS", ())
     monkeypatch.setattr(doctor, "_TORCH_REPORT", "raise ImportError('torch is broken')")
-    code, out, _ = call(capsys, "doctor")
+    code, out, _ = call("doctor")
     assert code == 0
     assert "everything runs on the CPU" in out
 
@@ -472,7 +464,7 @@ def test_every_part_that_doctor_knows_can_be_installed():
             assert row.install.split("[")[1].split("]")[0] in extras
 
 
-def test_segmentation_from_training_to_judging(capsys, tmp_path, monkeypatch):
+def test_segmentation_from_training_to_judging(call, tmp_path, monkeypatch):
     """Two epochs on the scenes of digits, and on a CamVid of our own, whose val split chooses the weights."""
     import numpy as np
     from PIL import Image
@@ -480,17 +472,17 @@ def test_segmentation_from_training_to_judging(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     load = functools.partial(datasets.digit_scenes.digit_scenes, size=48, scenes=40)
     monkeypatch.setitem(datasets.registry._DATASETS, "digit_scenes", lambda split: load(split))
-    code, out, err = call(capsys, "train", "unet", "--data", "digit_scenes", "--epochs", "2", "--threads", "1")
+    code, out, err = call("train", "unet", "--data", "digit_scenes", "--epochs", "2", "--threads", "1")
     assert (code, err) == (0, "")
     assert "on digit_scenes (40 images)" in out
     reported = out.splitlines()[-1].split(maxsplit=1)[1]
     assert reported.startswith("mean_iou ")
     assert "pixel_accuracy " in reported
-    code, out, _ = call(capsys, "evaluate", "unet-digit_scenes.safetensors", "--data", "digit_scenes", "--threads", "1")
+    code, out, _ = call("evaluate", "unet-digit_scenes.safetensors", "--data", "digit_scenes", "--threads", "1")
     assert code == 0
     assert out.strip().endswith(reported)
-    refused(call(capsys, "evaluate", "unet-digit_scenes.safetensors"), "unet is for the task 'segment'")
-    refused(call(capsys, "train", "simple_cnn", "--data", "digit_scenes"), "simple_cnn is for the task 'classify'")
+    refused(call("evaluate", "unet-digit_scenes.safetensors"), "unet is for the task 'segment'")
+    refused(call("train", "simple_cnn", "--data", "digit_scenes"), "simple_cnn is for the task 'classify'")
 
     for split in ("train", "val", "test"):
         for kind in ("images", "masks"):
@@ -503,9 +495,9 @@ def test_segmentation_from_training_to_judging(capsys, tmp_path, monkeypatch):
     held_out = []
     fit = train.fit
     monkeypatch.setattr(train, "fit", lambda *a, **k: held_out.append(k.get("validation")) or fit(*a, **k))
-    code, out, err = call(capsys, "train", "unet", "--data", "camvid", "--epochs", "1", "--threads", "1")
+    code, out, err = call("train", "unet", "--data", "camvid", "--epochs", "1", "--threads", "1")
     assert (code, err) == (0, "")
     assert "val/images" in held_out[0].files[0][0]
-    code, out, _ = call(capsys, "evaluate", "unet-camvid.safetensors", "--data", "camvid", "--split", "val", "--json")
+    code, out, _ = call("evaluate", "unet-camvid.safetensors", "--data", "camvid", "--split", "val", "--json")
     assert code == 0
     assert json.loads(out).keys() >= {"mean_iou", "pixel_accuracy", "loss", "samples"}

@@ -4,16 +4,8 @@ import json
 
 import pytest
 
-from companion import cli, datasets, engines, models, train
+from companion import datasets, engines, models, train
 from companion.compress import pipeline
-
-
-def call(capsys, *arguments):
-    """Exit code, standard output, standard error of a command run in this process."""
-    with pytest.raises(SystemExit) as ended:
-        cli.main([str(argument) for argument in arguments])
-    out, err = capsys.readouterr()
-    return ended.value.code, out, err
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +22,9 @@ def weights(tmp_path_factory):
 OPTIONS = ("--threads", "1", "--epochs", "1")
 
 
-def test_steps_end_in_two_files(weights, tmp_path, capsys):
+def test_steps_end_in_two_files(weights, tmp_path, call):
     steps = f"prune=0.5,distill={weights},quantize=int8"
-    code, out, err = call(capsys, "compress", weights, "--steps", steps, "--out", tmp_path / "small", *OPTIONS)
+    code, out, err = call("compress", weights, "--steps", steps, "--out", tmp_path / "small", *OPTIONS)
     assert code == 0, err
     assert [line.split()[0] for line in out.splitlines()[1:5]] == ["start", *steps.split(",")]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["small.onnx", "small.safetensors"]
@@ -42,33 +34,29 @@ def test_steps_end_in_two_files(weights, tmp_path, capsys):
         assert engine.metadata.labels == models.describe(small).labels
 
 
-def test_the_saved_network_is_compressed_again_and_exported(weights, tmp_path, capsys):
-    call(capsys, "compress", weights, "--steps", "prune=0.6", "--out", tmp_path / "a", *OPTIONS)
-    code, out, err = call(capsys, "compress", tmp_path / "a.safetensors", "--steps", "low_rank=0.8", "--json", *OPTIONS)
+def test_the_saved_network_is_compressed_again_and_exported(weights, tmp_path, call):
+    call("compress", weights, "--steps", "prune=0.6", "--out", tmp_path / "a", *OPTIONS)
+    code, out, err = call("compress", tmp_path / "a.safetensors", "--steps", "low_rank=0.8", "--json", *OPTIONS)
     assert code == 0, err
     start, after = json.loads(out)["stages"]
     assert after["macs"] <= 0.81 * start["macs"]
     assert (tmp_path / "a-compressed.safetensors").exists()
-    code, _, err = call(capsys, "export", tmp_path / "a-compressed.safetensors", tmp_path / "b.onnx")
+    code, _, err = call("export", tmp_path / "a-compressed.safetensors", tmp_path / "b.onnx")
     assert code == 0, err
 
 
-def test_a_target_chooses_the_steps(weights, tmp_path, capsys, monkeypatch):
+def test_a_target_chooses_the_steps(weights, tmp_path, call, monkeypatch):
     monkeypatch.setattr(pipeline, "GRID", ("", "prune=0.5"))
-    code, out, err = call(
-        capsys, "compress", weights, "--target", "macs=0.6,points=100", "--out", tmp_path / "small", *OPTIONS
-    )
+    code, out, err = call("compress", weights, "--target", "macs=0.6,points=100", "--out", tmp_path / "small", *OPTIONS)
     assert code == 0, err
     assert "tried, judged on a tenth of the training data" in out
     assert out.splitlines()[-2].startswith(("prune=0.5", "quantize=int8"))
     assert (tmp_path / "small.onnx").exists()
 
 
-def test_a_target_that_nothing_meets(weights, tmp_path, capsys, monkeypatch):
+def test_a_target_that_nothing_meets(weights, tmp_path, call, monkeypatch):
     monkeypatch.setattr(pipeline, "GRID", ("",))
-    code, _, err = call(
-        capsys, "compress", weights, "--target", "macs=0.1,points=100", "--out", tmp_path / "small", *OPTIONS
-    )
+    code, _, err = call("compress", weights, "--target", "macs=0.1,points=100", "--out", tmp_path / "small", *OPTIONS)
     assert code == 1
     assert "none of the steps tried meets macs=0.1" in err
     assert not list(tmp_path.iterdir())
@@ -87,25 +75,25 @@ def test_a_target_that_nothing_meets(weights, tmp_path, capsys, monkeypatch):
         (("--steps", "prune=0.0001"), "0.0001"),
     ],
 )
-def test_wrong_input_is_one_sentence(weights, tmp_path, capsys, monkeypatch, arguments, says):
+def test_wrong_input_is_one_sentence(weights, tmp_path, call, monkeypatch, arguments, says):
     monkeypatch.chdir(tmp_path)
-    code, _, err = call(capsys, "compress", weights, *arguments, *OPTIONS)
+    code, _, err = call("compress", weights, *arguments, *OPTIONS)
     assert code in (1, 2)
     assert says in err
     assert err.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_read_is_never_written_over(weights, tmp_path, monkeypatch, capsys):
+def test_what_is_read_is_never_written_over(weights, tmp_path, monkeypatch, call):
     before = weights.read_bytes()
     monkeypatch.chdir(weights.parent)
     for out in (weights.with_suffix(""), weights, "net", "../" + weights.parent.name + "/net.onnx"):
-        code, _, err = call(capsys, "compress", weights, "--steps", "prune=0.5", "--out", out, *OPTIONS)
+        code, _, err = call("compress", weights, "--steps", "prune=0.5", "--out", out, *OPTIONS)
         assert code == 1
         assert "is read, so it cannot be written" in err
     monkeypatch.chdir(tmp_path)
     student = tmp_path / "student.safetensors"
     student.write_bytes(before)
     steps = ("--steps", f"distill={weights}", "--out", weights.with_suffix(""))
-    assert call(capsys, "compress", student, *steps, *OPTIONS)[0] == 1
+    assert call("compress", student, *steps, *OPTIONS)[0] == 1
     assert weights.read_bytes() == before

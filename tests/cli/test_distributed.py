@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from companion import cli, models, train
+
 COMMAND = ["-m", "companion", "train", "simple_cnn", "--threads", "1"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
@@ -104,3 +106,38 @@ def test_a_worker_is_killed_and_the_run_goes_on(two, tmp_path):
     assert resumed.returncode == 0, resumed.stderr
     assert "epoch   1" not in resumed.stdout
     assert (tmp_path / "w.safetensors").read_bytes() == (two[1] / "w.safetensors").read_bytes()
+
+
+def test_a_worker_lost_at_the_last_moment_costs_the_score_only(tmp_path, monkeypatch, capsys):
+    def lose(*args, **options):
+        raise train.WorkersLost(train.ALONE)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "evaluate", lose)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["train", "simple_cnn", "--epochs", "1", "--threads", "1", "--out", "w.safetensors"])
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == (
+        "companion: w.safetensors is saved, and was not judged, for a worker was lost: "
+        "`companion evaluate w.safetensors --data digits` does it.\n"
+    )
+    models.load("w.safetensors")
+
+
+RESTARTED = """
+import os
+from pathlib import Path
+from companion import train
+with train.joined("ddp") as workers:
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and workers.rank == 1:
+        os._exit(9)
+    Path(f"{workers.rank}.txt").write_text(str(sum(workers.gather(1))))
+"""
+
+
+def test_torchrun_starts_them_again(tmp_path):
+    """Those of the first time left their addresses in torchrun's store."""
+    (tmp_path / "script.py").write_text(RESTARTED)
+    done = run(tmp_path, *TORCHRUN, "--nproc-per-node", "3", "--max-restarts", "1", "script.py")
+    assert done.returncode == 0, done.stderr
+    assert [(tmp_path / f"{rank}.txt").read_text() for rank in range(3)] == ["3"] * 3

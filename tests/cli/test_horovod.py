@@ -1,6 +1,6 @@
 """`companion train --distributed horovod` under horovodrun: whole runs, and runs that lose workers."""
 
-import json
+import math
 import os
 import re
 import signal
@@ -8,10 +8,14 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+
+from companion import models
+from companion.train.horovod import read_timeline
 
 pytestmark = [
     pytest.mark.skipif(find_spec("horovod") is None, reason="Horovod is not built here (make horovod)"),
@@ -102,10 +106,10 @@ def test_three_workers_print_once_and_write_one_file(whole):
         "timeline.json",
         "w.safetensors",
     }
-    text = (folder / "timeline.json").read_text().rstrip().rstrip(",")
-    events = json.loads(text if text.endswith("]") else text + "]")
-    names = {event.get("args", {}).get("name", "") for event in events}
-    assert any("weight" in name for name in names)  # a row for each gradient
+    sent = Counter(exchange.tensor for exchange in read_timeline(folder / "timeline.json"))
+    steps = 5 * math.ceil(1131 / (3 * 32))  # of 1257 images a tenth is held out
+    gradients = {f"allreduce.{name}": steps for name, _ in models.create("simple_cnn").named_parameters()}
+    assert {name: sent[name] for name in gradients} == gradients
 
 
 def test_it_is_the_run_of_one_process(whole, tmp_path):
@@ -137,10 +141,6 @@ def kill_one(folder, whole, trial):
         assert loss == pytest.approx(expected, rel=0.02)
     assert (folder / "w.safetensors").exists()
     assert not (folder / "w.safetensors.checkpoint").exists()
-
-
-def test_a_run_survives_the_loss_of_a_worker(whole, tmp_path):
-    kill_one(tmp_path, whole, 4)
 
 
 @pytest.mark.stress

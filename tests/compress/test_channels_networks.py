@@ -16,7 +16,8 @@ from companion.compress.importance import IMPORTANCES
 sys.path.insert(0, str(Path(__file__).parent))
 from networks import TORCHVISION, images, lively, torchvision_network, zeroed
 
-LONG = ("cifar_resnet50", "cifar_resnet56", "fcn_resnet50")  # made of the same blocks as others
+# Made of the same blocks as others.
+LONG = ("cifar_resnet50", "cifar_resnet56", "fcn_resnet50", *(f"yolov5{variant}" for variant in "nsmlx"))
 # Those of the same name as torchvision's are built alike.
 OURS = [
     pytest.param(name, marks=pytest.mark.stress if name in LONG else ())
@@ -80,19 +81,24 @@ def check(monkeypatch):
 
 def compare(network, pruned, graph, keep, x):
     assert not keep.all()
+    # In float64: what is left of rounding there is far below any channel's share, whatever a network's outputs are
+    # (boxes of an untrained detector are thousands of pixels).
     with torch.no_grad():
-        expected, found = zeroed(network, graph, keep)(x), pruned(x)
-    tolerance = 1e-4 * min(1.0, float(expected.abs().max()))
+        expected = zeroed(network, graph, keep).double()(x.double())
+        found = copy.deepcopy(pruned).double()(x.double())
+    tolerance = 1e-9 * min(1.0, float(expected.abs().max()))
     assert float((found - expected).abs().max()) <= tolerance
     # It says something: two images differ by much more, though a random network thinks nearly the same of all noise.
-    assert float((expected[0] - expected[1]).abs().max()) > 5 * tolerance
+    assert float((expected[0] - expected[1]).abs().max()) > 5e5 * tolerance
 
 
 def check_training_step(pruned, x):
     pruned = copy.deepcopy(pruned).train()
     before = {name: parameter.clone() for name, parameter in pruned.named_parameters()}
     optimizer = torch.optim.SGD(pruned.parameters(), lr=0.1)
-    pruned(x).square().sum().backward()  # a mean over 1,000 outputs would not move every weight of float32
+    outputs = pruned(x)
+    # A mean over 1,000 outputs would not move every weight of float32.
+    sum(each.square().sum() for each in (outputs if isinstance(outputs, list) else [outputs])).backward()
     optimizer.step()
     changed = [not torch.equal(parameter, before[name]) for name, parameter in pruned.named_parameters()]
     assert sum(changed) > 0.9 * len(changed)

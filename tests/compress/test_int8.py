@@ -85,7 +85,10 @@ def test_the_description_stays_and_nothing_of_this_machine_is_in_it(mode, made, 
         assert text.encode() not in content
     found = onnx.load(made[mode].path)
     onnx.checker.check_model(found, full_check=True)
-    assert {entry.key for entry in found.metadata_props} == {"companion", *Metadata.__annotations__} - {"vocabulary"}
+    assert {entry.key for entry in found.metadata_props} == {"companion", *Metadata.__annotations__} - {
+        "vocabulary",
+        "stride",
+    }
 
 
 def dtypes(path):
@@ -108,6 +111,19 @@ def test_static_has_uint8_activations_and_int8_weights_per_channel(made):
         ("DequantizeLinear", int32, True),  # biases
     }
     assert dtypes(made["weights"].path) == {("DequantizeLinear", int8, True)}
+
+
+def test_biases_may_stay_float(plain, folder, made):
+    """As TensorRT wants them: it knows no DequantizeLinear of int32."""
+    report = compress.quantize_onnx(plain, folder / "bias.onnx", batches(), bias=False)
+    for path, kind in ((made["static"].path, "int32"), (report.path, "float32")):
+        model = onnx.load(path)
+        tensors = {t.name: numpy_helper.to_array(t).dtype.name for t in model.graph.initializer}
+        sources = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
+        biases = [node.input[2] for node in model.graph.node if node.op_type in ("Conv", "Gemm")]
+        assert {tensors[sources.get(name, name)] for name in biases} == {kind}
+    assert report.layers == made["static"].layers
+    assert report.sqnr > 20
 
 
 def test_weights_only_is_the_quantization_by_hand(folder):
@@ -136,6 +152,25 @@ def test_static_weights_are_those_by_hand(made, plain):
             assert np.abs(q - stored[f"{name}_quantized"].astype(int)).max() <= 1  # its steps are rounded otherwise
             compared += 1
     assert compared == 15
+
+
+def test_nodes_without_names_are_told_apart(plain, folder):
+    """As files of others may have them."""
+    model = onnx.load(plain)
+    for node in model.graph.node:
+        node.name = ""
+    onnx.save(model, folder / "nameless.onnx")
+    for exclude in ("first", "head"):
+        named, nameless = (
+            compress.quantize_onnx(path, folder / "out.onnx", batches(1), exclude=exclude)
+            for path in (plain, folder / "nameless.onnx")
+        )
+        assert (nameless.layers, nameless.sqnr) == (named.layers, pytest.approx(named.sqnr))
+
+
+def test_a_network_in_memory_is_no_file(folder):
+    with pytest.raises(CompanionError, match="takes an ONNX file: export the network first"):
+        compress.quantize_onnx(models.create("simple_cnn", seed=0), folder / "out.onnx", batches(1))
 
 
 def test_first_last_and_named_nodes_stay_float(plain, folder):
@@ -229,6 +264,7 @@ def no_weights(folder):
         ({"backend": "tensorrt"}, "backend is 'tensorrt'"),
         ({"method": "entropy"}, "method is 'entropy'"),
         ({"method": "percentile", "percentile": 40}, "percentile is 40"),
+        ({"mode": "dynamic", "bias": False}, "biases are quantized in mode static by onnxruntime only"),
         ({"method": "percentile", "calibration": [batches()[0], batches()[0][:3]]}, "batches of one size"),
         ({"backend": "nncf", "mode": "dynamic"}, "nncf quantizes statically"),
         ({"calibration": []}, "nothing to calibrate with"),

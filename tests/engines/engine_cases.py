@@ -1,6 +1,7 @@
 """What the tests of the engines share: networks, engines, and how to ask them."""
 
 import re
+from importlib.util import find_spec
 
 import torch
 from torchvision.models import MobileNetV2
@@ -9,7 +10,9 @@ from companion import engines
 
 OURS = ["simple_cnn", "simple_cnn_3conv", "cifar_resnet20", "unet"]
 NETWORKS = [*OURS, "mobilenet"]
-ENGINES = ["onnxruntime", "torch", "torch_fused"]
+# Those that run networks, at float32. (LiteRT, which runs converted files only, has tests of its own.)
+ENGINES = ["onnxruntime", *(["openvino"] if find_spec("openvino") else []), "torch", "torch_fused"]
+FROM_FILES = ("onnxruntime", "openvino")
 
 
 def small_mobilenet():
@@ -35,7 +38,7 @@ def lively(model, side=32):
 
 
 def start(found, engine, **options):
-    if engine == "onnxruntime":
+    if engine in FROM_FILES:
         return engines.load(found.path, engine, **options)
     return engines.load(found.model, engine, example=found.example, **options)
 

@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from engine_cases import ENGINES, Does, lively, one_sentence, torch_answer
+from engine_cases import ENGINES, FROM_FILES, Does, lively, one_sentence, torch_answer
 from onnx import TensorProto, numpy_helper
 from torch import nn
 from torch.nn.utils import prune
@@ -14,6 +14,7 @@ from torch.nn.utils import prune
 import companion
 from companion import CompanionError, engines, files, models
 from companion.engines import export
+from companion.models.yolov5 import YOLOv5
 
 X = torch.rand(2, 4, 3, generator=torch.Generator().manual_seed(0))
 
@@ -256,7 +257,7 @@ def test_bad_arguments(tmp_path):
     refused("4 classes, but 1 label", nn.Conv2d(3, 4, 1), torch.rand(1, 3, 5, 5), path, labels=["a"], task="segment")
     for labels in ("ab", [0, 1], 5, [None]):
         refused("labels must be a list of texts, not", nn.Linear(3, 2), X[0], path, labels=labels)
-    for tolerance in ("x", float("nan"), -1, None):
+    for tolerance in ("x", float("nan"), -1):
         refused("tolerance is .*: give a number from 0", nn.Linear(3, 2), X[0], path, tolerance=tolerance)
     for opset in (17, 0, "20", True):
         refused("opset is .*: give a whole number from 18", nn.Linear(3, 2), X[0], path, opset=opset)
@@ -317,3 +318,68 @@ def test_a_network_on_a_gpu_stays_there_and_makes_the_same_file(exported, tmp_pa
     engines.export_onnx(model, found.example.cuda(), tmp_path / "net.onnx")
     assert {p.device.type for p in model.parameters()} == {"cuda"}
     assert (tmp_path / "net.onnx").read_bytes() == found.path.read_bytes()
+
+
+# Other precisions, other sizes.
+
+
+def test_half_the_size_in_float16(exported, tmp_path):
+    found = exported("cifar_resnet20")
+    written = engines.export_onnx(found.model, found.example, tmp_path / "half.onnx", precision="fp16")
+    assert 0.5 < written.bytes / found.written.bytes < 0.6
+    assert 1e-5 < written.largest_difference < 1e-2
+    weights = [t for t in onnx.load(written.path).graph.initializer if len(t.dims) == 4]
+    assert {t.data_type for t in weights} == {TensorProto.FLOAT16}
+    with engines.load(written.path) as half, engines.load(found.path) as full:
+        assert (half.precision, full.precision) == ("fp16", "fp32")
+        assert (half.inputs, half.outputs, half.metadata) == (full.inputs, full.outputs, full.metadata)
+
+
+def test_images_of_any_size(tmp_path):
+    model = lively(models.create("unet", width=4, depth=2, seed=0))
+    engines.export_onnx(model, engines.example_for(model), tmp_path / "net.onnx", dynamic_size=True)
+    for engine in FROM_FILES:
+        pytest.importorskip(engine)
+        with engines.load(tmp_path / "net.onnx", engine) as network:
+            assert network.inputs[0].shape == (None, 3, None, None)
+            assert network.metadata.stride == 1
+            for shape in ((1, 3, 32, 32), (2, 3, 33, 47), (1, 3, 48, 32)):
+                x = torch.rand(shape, generator=torch.Generator().manual_seed(1))
+                answer = network.run({"input": x.numpy()})["output"]
+                np.testing.assert_allclose(answer, torch_answer(model, x).numpy(), rtol=0, atol=1e-4)
+
+
+def test_yolov5_at_sizes_that_its_stride_divides(tmp_path):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = YOLOv5(10, 0.1, 0.125)  # as the published ones, with one bottleneck everywhere
+        model(torch.rand(4, 3, 64, 64))  # some averages
+        engines.export_onnx(model, torch.rand(1, 3, 64, 64), tmp_path / "net.onnx", task="detect", dynamic_size=True)
+    for engine in FROM_FILES:
+        pytest.importorskip(engine)
+        with engines.load(tmp_path / "net.onnx", engine) as network:
+            assert network.metadata.stride == 32
+            assert network.metadata.mean is None
+            for shape in ((1, 3, 96, 160), (2, 3, 64, 64)):
+                x = torch.rand(shape, generator=torch.Generator().manual_seed(1))
+                answer = network.run({"input": x.numpy()})["output"]
+                expected = torch_answer(model, x).numpy()
+                assert expected.shape == (shape[0], 63 * shape[2] * shape[3] // 32**2, 15)
+                np.testing.assert_allclose(answer, expected, rtol=0, atol=1e-4 * expected.max())
+            with pytest.raises(CompanionError, match="'input' must be multiples of 32, not 64 and 63") as caught:
+                network.run({"input": np.zeros((1, 3, 64, 63), np.float32)})
+            one_sentence(caught)
+
+
+def test_precisions_and_sizes_that_there_are_not(exported, tmp_path):
+    found, out = exported("simple_cnn"), tmp_path / "net.onnx"
+    refused("precision is 'int8': choose one of fp32, fp16", found.model, found.example, out, precision="int8")
+    refused("simple_cnn does not take images of any size", found.model, found.example, out, dynamic_size=True)
+    refused("does not take images of any size", nn.Linear(3, 2), X[0], out, dynamic_size=True)
+    big = nn.Linear(3, 2)
+    with torch.no_grad():
+        big.weight[0, 0] = 1e6
+    refused("weight holds 1e.06, and float16 ends at 65504", big, X[0], out, precision="fp16")
+    refused(
+        "differs from torch's by .*, and 1.0e-06 is", found.model, found.example, out, precision="fp16", tolerance=1e-6
+    )

@@ -107,6 +107,6 @@ def test_killed_at_random_moments(tmp_path):
         else:
             absent += 1
     print(f"20 kills: {absent} times no file, {partial} times during the writing")
-    assert partial >= 5
+    assert partial > 0  # or it was never put to the test
     export(path)
     assert {file.name for file in tmp_path.iterdir()} == {"whole.onnx", "net.onnx"}

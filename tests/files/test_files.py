@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from companion import CompanionError
-from companion.files import check_writable, replacing, sha256, working_path
+from companion.files import check_writable, replacing, replacing_named, sha256, working_path
 
 
 def names(folder):
@@ -39,6 +39,37 @@ def test_an_error_leaves_the_old_file(tmp_path, error):
         write_half()
     assert (tmp_path / "x").read_bytes() == b"old"
     assert names(tmp_path) == {"x"}
+
+
+def test_a_name_to_write_to_ends_as_the_file_does(tmp_path):
+    (tmp_path / "x.mp4").write_bytes(b"old")
+    with replacing_named(tmp_path / "x.mp4") as part:
+        assert part.suffix == ".mp4"
+        part.write_bytes(b"new")
+        assert (tmp_path / "x.mp4").read_bytes() == b"old"
+    assert (tmp_path / "x.mp4").read_bytes() == b"new"
+    assert names(tmp_path) == {"x.mp4"}
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_error_leaves_the_old_file_under_its_name(tmp_path, error):
+    write(tmp_path / "x", b"old")
+
+    def write_half():
+        with replacing_named(tmp_path / "x") as part:
+            part.write_bytes(b"half")
+            raise error
+
+    with pytest.raises(error):
+        write_half()
+    assert (tmp_path / "x").read_bytes() == b"old"
+    assert names(tmp_path) == {"x"}
+
+
+def test_a_name_that_nobody_wrote_to_is_an_error(tmp_path):
+    with pytest.raises(CompanionError, match=r"^cannot write .*x: "), replacing_named(tmp_path / "x"):
+        pass
+    assert names(tmp_path) == set()
 
 
 def test_permissions_are_those_of_any_new_file(tmp_path):

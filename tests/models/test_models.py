@@ -18,9 +18,11 @@ PARAMETERS = {
     # + 1,760, and 8·11+11 for the head.
     "unet": 73_848 + 2_744 + 36_512 + 99,
 }
-CLASSIFIERS = [name for name in models.names() if models.describe(models.create(name)).task == "classify"]
-# torchvision runs one ReLU module three times a block.
-ONE_RUN_A_MODULE = [name for name in models.names() if name != "fcn_resnet50"]
+LARGE = ("yolov5m", "yolov5l", "yolov5x")  # as yolov5s, with more of everything: on the meta device only
+COMPUTED = [name for name in models.names() if name not in LARGE]
+# torchvision runs one ReLU module three times a block, YOLOv5 one pooling three times in a row.
+ONE_RUN_A_MODULE = [name for name in COMPUTED if name != "fcn_resnet50" and models.task(name) != "detect"]
+TASKS = {"unet": "segment", "lraspp_mobilenet_v3_large": "segment", "fcn_resnet50": "segment"}
 
 
 def small(name):
@@ -33,18 +35,31 @@ def test_parameters_as_counted_by_hand(name, count):
     assert metrics.count_parameters(models.create(name)) == count
 
 
-@pytest.mark.parametrize("name", models.names())
+def shape_of(task, side):
+    """What networks of 7 classes return for two images."""
+    boxes = 3 * sum((side // stride) ** 2 for stride in (8, 16, 32))
+    return {"classify": (2, 7), "segment": (2, 7, side, side), "detect": (2, boxes, 5 + 7)}[task]
+
+
+@pytest.mark.parametrize("name", COMPUTED)
 def test_every_network_is_what_the_course_needs(name):
     model = models.create(name, classes=7).eval()
     images = torch.rand(2, 3, small(name), small(name))
     before = images.clone()
     outputs = model(images)
-    task = models.describe(model).task
-    assert outputs.shape == ((2, 7) if task == "classify" else (2, 7, small(name), small(name)))
+    task = TASKS.get(name, "detect" if "yolo" in name else "classify")
+    assert models.describe(model).task == models.task(name) == task
+    assert outputs.shape == shape_of(task, small(name))
     assert torch.equal(images, before)
-    assert any(isinstance(m, nn.ReLU) for m in model.modules())
+    assert any(isinstance(m, nn.SiLU if task == "detect" else nn.ReLU) for m in model.modules())
     assert not any(getattr(m, "inplace", False) for m in model.modules())
-    assert task == ("classify" if name in CLASSIFIERS else "segment")
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_the_large_ones_give_as_much(name):
+    with torch.device("meta"):
+        model = models.create(name, classes=7).eval()
+        assert model(torch.zeros(2, 3, 64, 64)).shape == shape_of("detect", 64)
 
 
 @pytest.mark.parametrize("name", ONE_RUN_A_MODULE)
@@ -57,10 +72,11 @@ def test_each_activation_module_runs_once(name):
     assert set(runs.values()) == {1}
 
 
-@pytest.mark.parametrize("name", models.names())
+@pytest.mark.parametrize("name", COMPUTED)
 def test_gradients_reach_every_parameter(name):
     model = models.create(name)
-    model(torch.rand(2, 3, small(name), small(name))).square().sum().backward()
+    outputs = model(torch.rand(2, 3, small(name), small(name)))
+    sum(each.square().sum() for each in (outputs if isinstance(outputs, list) else [outputs])).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
 
 
@@ -135,6 +151,12 @@ def test_seed_draws_the_weights_and_leaves_the_global_generator_alone():
         ("cifar_resnet20", {"width": 0}, "a whole number from 1 as width, not 0"),
         ("cifar_resnet20", {"width": 1.5}, "a whole number from 1 as width, not 1.5"),
         ("cifar_resnet20", {"width": 2**62}, "cannot be built"),
+        ("yolov5n", {"width": 8}, "no setting 'width': it takes classes, depth_multiple, width_multiple, anchors"),
+        ("yolov5n", {"depth_multiple": 0}, "a number above 0, at most 4 as depth_multiple, not 0"),
+        ("yolov5n", {"width_multiple": float("nan")}, "a number above 0, at most 4 as width_multiple, not nan"),
+        ("yolov5n", {"anchors": ((1, 2), (3, 4))}, "for each of three scales as many pairs of sides from 1 pixel"),
+        ("yolov5n", {"anchors": [[(8, 8)], [(8, 8)], [(8, 8), (9, 9)]]}, "for each of three scales as many pairs"),
+        ("yolov5n", {"anchors": [[(8, 8)], [(8, 8)], [(8, 0)]]}, "pairs of sides from 1 pixel as anchors"),
         ("simple_cnn", {"labels": ["a", "b"]}, "10 classes, but 2 labels"),
     ],
 )

@@ -1,6 +1,7 @@
 import io
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -182,8 +183,42 @@ def test_a_timeline_has_a_row_for_each_stage_and_a_block_for_each_event():
     assert plots.plot_timeline([])._repr_png_()
 
 
+def test_exchanges_wait_and_then_travel():
+    events = [
+        SimpleNamespace(tensor="b", ready=2.5, start=2.5, end=4.0),
+        SimpleNamespace(tensor="a", ready=2.0, start=3.0, end=3.5),
+    ]
+    axis = plots.plot_exchanges(events, title="one step").axes[0]
+    blocks = [path.get_extents().bounds for bars in axis.collections for path in bars.get_paths()]
+    expected = [(0, -0.4, 1000, 0.8), (500, 0.6, 0, 0.8), (500, 0.6, 1500, 0.8), (1000, -0.4, 500, 0.8)]
+    np.testing.assert_allclose(sorted(blocks), expected)
+    assert [tick.get_text() for tick in axis.get_yticklabels()] == ["a", "b"]
+    assert {(bars.get_label(), bars.get_hatch()) for bars in axis.collections if bars.get_label()[0] != "_"} == {
+        ("waits for the other workers", "////"),
+        ("on its way", None),
+    }
+    assert plots.plot_exchanges([])._repr_png_()
+
+
 def test_scaling_beside_what_would_be_proportional():
     measured, ideal = plots.plot_scaling({4: 250.0, 2: 180.0}).axes[0].lines
     assert measured.get_xydata().tolist() == [[2, 180], [4, 250]]
     assert ideal.get_xydata().tolist() == [[2, 180], [4, 360]]
     assert measured.get_linestyle() != ideal.get_linestyle()
+
+
+def test_speed_ups_are_inverse_ratios_with_their_intervals():
+    def ratio(low, value, high):
+        return SimpleNamespace(low=low, value=value, high=high)
+
+    one = SimpleNamespace(baseline="torch", ratios={"a": ratio(0.4, 0.5, 0.8), "b": ratio(1.0, 2.0, 4.0)})
+    many = SimpleNamespace(baseline="torch", ratios={"a": ratio(0.2, 0.25, 0.5)})
+    picture = plots.plot_speed_ups({"one": one, "many": many})
+    (axis,) = picture.axes
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["a", "b"]
+    assert axis.get_xlabel() == "times as fast as torch"
+    points = [container.lines[0].get_xdata().tolist() for container in axis.containers]
+    assert points == [[2.0, 0.5], [4.0]]
+    ends = [segment[:, 0] for container in axis.containers for segment in container.lines[2][0].get_segments()]
+    np.testing.assert_allclose(ends, [[1.25, 2.5], [0.25, 1.0], [2.0, 5.0]])
+    assert [text.get_text() for text in picture.legends[0].get_texts()] == ["one", "many"]

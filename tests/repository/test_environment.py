@@ -7,8 +7,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-# Commented out in environment.yml: they need a GPU or a compiler.
-SWITCHED_OFF = ("tensorrt", "gpu", "horovod")
+# Commented out in environment.yml: they need a GPU or a compiler, or gigabytes for what few want.
+SWITCHED_OFF = ("tensorrt", "gpu", "horovod", "litert-convert")
 
 
 def name(requirement: str) -> str:
@@ -47,13 +47,20 @@ def test_every_package_that_the_course_teaches_with_is_named_openly():
 
 def test_all_is_everything_that_installs_without_a_gpu_or_a_compiler():
     (everything,) = EXTRAS["all"]
-    assert set(re.search(r"\[(.*)\]", everything).group(1).split(",")) == EXTRAS.keys() - {"all", "gpu", "horovod"}
+    assert set(re.search(r"\[(.*)\]", everything).group(1).split(",")) == EXTRAS.keys() - {
+        "all",
+        "gpu",
+        "horovod",
+        "litert-convert",
+    }
 
 
 def test_every_requirement_has_one_exact_version():
     pins = re.findall(r"(?m)^([A-Za-z0-9_.-]+)==(\S+)", (ROOT / "constraints.txt").read_text(encoding="utf-8"))
     pinned = {package.lower() for package, _ in pins}
-    needed = {name(requirement) for requirement in PROJECT["dependencies"]} | names(*EXTRAS.keys() - {"all", "gpu"})
+    needed = {name(requirement) for requirement in PROJECT["dependencies"]} | names(
+        *EXTRAS.keys() - {"all", "gpu", "litert-convert"}
+    )
     assert needed - {"horovod"} <= pinned
     assert "horovod==0.28.1" in EXTRAS["horovod"]  # compiled by tools/build_horovod.py, which `make lock` cannot
 

@@ -120,7 +120,8 @@ def pip(monkeypatch, tmp_path):
 def start(place: Path) -> subprocess.Popen:
     """The build in a process group of its own, with the pip that stands in."""
     code = (
-        "import importlib.util, sys; from pathlib import Path\n"
+        "import importlib.util, signal, sys; from pathlib import Path\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # which background shells switch off
         f"spec = importlib.util.spec_from_file_location('tool', {str(TOOL)!r})\n"
         "tool = importlib.util.module_from_spec(spec); spec.loader.exec_module(tool)\n"
         f"sys.executable = {build_horovod.sys.executable!r}\n"
@@ -220,6 +221,9 @@ hvd.broadcast_parameters(model.state_dict(), root_rank=0)
 after = hvd.allgather_object(model.weight.tolist())
 assert before[0] != before[1]
 assert after == [before[0]] * 2, after
+sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+sgd = hvd.DistributedOptimizer(sgd, named_parameters=model.named_parameters())
+assert [group["lr"] for group in sgd.param_groups] == [0.1]  # not scaled by the number of workers
 print("saw", hvd.rank(), hvd.size(), mean.tolist(), total.tolist())
 """
 

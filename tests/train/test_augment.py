@@ -80,3 +80,42 @@ def test_none_changes_nothing_and_unknown_names_are_refused():
 def test_targets_that_cannot_follow_are_refused():
     with pytest.raises(CompanionError, match=r"'shift' is for images with labels or masks: choose None\.$"):
         augmentation("shift", None)
+
+
+def test_half_of_the_letterboxed_are_whole_and_half_are_shrunk_on_gray():
+    torch.manual_seed(0)
+    image = torch.rand(3, 40, 60)
+    moved, _ = change("letterbox", image.expand(400, 3, 40, 60))
+    gray = torch.tensor(114 / 255)
+    whole = [torch.equal(each, image) for each in moved]
+    assert 150 < sum(whole) < 250
+    for each in (each for each, same in zip(moved, whole, strict=True) if not same):
+        rows, columns = ((each != gray).any(0).any(axis) for axis in (1, 0))
+        height, width = int(rows.sum()), int(columns.sum())
+        assert 0.6 * 40 - 1 <= height <= 40
+        assert height / 40 == pytest.approx(width / 60, abs=0.05)  # proportions are kept, but for whole pixels
+        assert set(each.unique().tolist()) <= {*image.unique().tolist(), float(gray)}
+
+
+@pytest.mark.parametrize("name", ["shift", "shift_flip", "letterbox"])
+def test_boxes_go_along_with_what_is_in_them(name):
+    """Each object is a block of its own brightness: its box after the change is that of the pixels left of it."""
+    torch.manual_seed(0)
+    corners = torch.tensor([[2, 3, 9, 12], [20, 1, 29, 7], [12, 14, 30, 20], [0, 18, 4, 20]])
+    images, targets = torch.zeros(300, 1, 20, 30), torch.full((300, 5, 5), -1.0)
+    for number, (x1, y1, x2, y2) in enumerate(corners.tolist(), start=1):
+        images[:, :, y1:y2, x1:x2] = number
+        targets[:, number - 1] = torch.tensor([number, x1, y1, x2, y2])
+    moved, followed = change(name, images, targets, "detect")
+    lost = 0
+    for image, rows in zip(moved, followed, strict=True):
+        assert (rows[4] == -1).all()
+        for number, row in enumerate(rows[:4].tolist(), start=1):
+            ys, xs = (image[0] == number).nonzero(as_tuple=True)
+            if len(ys):
+                assert row == [number, xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
+            else:
+                lost += 1
+                assert row == [-1] * 5
+    assert not torch.equal(followed, targets)
+    assert (lost > 0) == (name != "letterbox")  # the last lies at an edge, over which the shifts push it

@@ -9,6 +9,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 
 import cloudpickle
 import pytest
@@ -18,6 +19,7 @@ from torch.utils.data import Subset, TensorDataset
 
 from companion import CompanionError, datasets, models, train
 from companion.train.batches import Batches
+from companion.train.horovod import Horovod
 from companion.train.parallel import WorkerError, launch
 from companion.train.tasks import TASKS
 from companion.train.workers import Distributed
@@ -187,6 +189,16 @@ def stop(epoch):
     raise Stop
 
 
+def test_a_resumed_run_may_need_more_parts(tmp_path):
+    """As with fewer workers, whose shares are larger."""
+    whole, parts = mlp(), mlp()
+    fit(whole, blobs(), epochs=3)
+    with suppress(Stop):
+        fit(parts, blobs(), epochs=3, on_epoch=stop, checkpoint=tmp_path / "c", checkpoint_seconds=0)
+    fit(parts, blobs(), epochs=3, checkpoint=tmp_path / "c", resume=True, accumulate=2)
+    close(weights(parts), weights(whole))
+
+
 def horovodrun(function, size, *arguments):
     """As `launch`, with the workers that horovodrun starts."""
     with TemporaryDirectory() as name:
@@ -326,7 +338,11 @@ def differ(what):
     with train.joined("ddp") as workers:
         hidden = 16 + workers.rank * (what == "shape")
         model = nn.Sequential(nn.Linear(3, hidden), nn.Linear(hidden, 3)).double()
-        fit(model, blobs(), workers=workers, lr=1e-2 * (1 + workers.rank * (what == "rate")))
+        settings = {
+            "lr": 1e-2 * (1 + workers.rank * (what == "rate")),
+            "accumulate": 1 + workers.rank * (what == "parts"),
+        }
+        fit(model, blobs(), workers=workers, **settings)
 
 
 @pytest.mark.parametrize(
@@ -334,6 +350,7 @@ def differ(what):
     [
         ("shape", r"workers \d and \d differ in 0\.weight, \(\(1[67], 3\)"),
         ("rate", r"differ in lr, 0\.0[12] and 0\.0[12]:"),
+        ("parts", r"differ in accumulate, [12] and [12]:"),
     ],
 )
 def test_workers_that_do_not_do_the_same_are_refused(what, sentence):
@@ -429,3 +446,37 @@ def test_unknown_compressions_are_refused():
 def test_unknown_ways_to_join_are_refused():
     with pytest.raises(CompanionError, match="no way 'mpi' to join workers"):
         train.joined("mpi")
+
+
+# Where workers cannot compute
+
+
+class OnGpu:
+    """A network on a GPU, as far as `join` looks at it."""
+
+    def parameters(self):
+        yield SimpleNamespace(device=torch.device("cuda", 0))
+
+
+def test_more_workers_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(CompanionError, match=r"^4 workers need as many GPUs, and there are 2: start fewer, or train w"):
+        Distributed("none").join(OnGpu(), None, 1)
+
+
+def test_horovod_for_cpus_refuses_a_gpu():
+    hvd = SimpleNamespace(cuda_built=lambda: False)
+    with pytest.raises(CompanionError, match=r"^this Horovod is built for CPUs, as `make horovod` does it: train with"):
+        Horovod(hvd, "none").join(OnGpu(), None, 1)
+
+
+def test_horovod_is_not_built(monkeypatch):
+    monkeypatch.setitem(sys.modules, "horovod.torch", None)  # Python's word for a module that cannot be imported
+    with (
+        pytest.raises(CompanionError, match=r"^Horovod is not built here: `make horovod` in a clone of companion bui"),
+        train.joined("horovod"),
+    ):
+        pass

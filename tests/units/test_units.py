@@ -2,7 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from companion.units import format_bytes, format_count, format_seconds, format_table
+from companion import CompanionError
+from companion.units import format_bytes, format_count, format_seconds, format_table, parse_bytes
 
 
 @pytest.mark.parametrize(
@@ -44,3 +45,17 @@ def test_seconds_can_be_read_back(number):
 
 def test_a_table_has_aligned_columns_and_no_blanks_at_the_end():
     assert format_table([("a", "state"), ("longer", "ok"), ("b", "")]) == "a       state\nlonger  ok\nb"
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("0", 0), ("123", 123), ("123 B", 123), ("256MiB", 2**28), ("1.5 GiB", 3 * 2**29), (" 2KiB", 2048)],
+)
+def test_sizes_are_read(text, size):
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "much", "-1", "1 GB", "1e3", "GiB", "0x10", "1 KiB 2", "nan", "1_000"])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(CompanionError, match="is not a size: give a number of bytes"):
+        parse_bytes(text)

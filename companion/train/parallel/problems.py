@@ -25,19 +25,14 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from companion.errors import CompanionError
+from companion.train.workers import gather
 from companion.units import format_seconds
-
-
-def _gather(value: Any) -> list[Any]:
-    values = [None] * distributed.get_world_size()
-    distributed.all_gather_object(values, value)
-    return values
 
 
 class Waiting:
@@ -253,7 +248,7 @@ class Pace:
         )
 
 
-def gather_pace(samples: int, seconds: float, *, gather: Callable[[Any], list[Any]] = _gather) -> Pace:
+def gather_pace(samples: int, seconds: float, *, gather: Callable[[Any], list[Any]] = gather) -> Pace:
     """Every worker's pace, on every worker.
 
     Args:
@@ -270,7 +265,7 @@ def gather_pace(samples: int, seconds: float, *, gather: Callable[[Any], list[An
     return Pace(*zip(*pairs, strict=True))
 
 
-def check_in_step(model: nn.Module, *, buffers: bool = False, gather: Callable[[Any], list[Any]] = _gather) -> None:
+def check_in_step(model: nn.Module, *, buffers: bool = False, gather: Callable[[Any], list[Any]] = gather) -> None:
     """Refuse to go on if the parameters of all workers are not the same bit for bit; every worker has to call it.
 
     Sent are digests, not weights.
