@@ -46,6 +46,7 @@ def _step(
     policy = train.Precision.named(precision, device)
     model = models.create(name, seed=0).train().to(device=device, memory_format=layout)  # type: ignore[call-overload]
     size = models.image_size(name)
+    assert size is not None
     images = torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
     images, labels = images.to(device=device, memory_format=layout), (torch.arange(batch) % 10).to(device)
     optimizer, scaler = torch.optim.AdamW(model.parameters(), lr=0.0), policy.scaler()

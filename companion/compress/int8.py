@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,8 @@ def quantize_onnx(
     scale per output channel, and every tensor says so by a pair of QuantizeLinear and DequantizeLinear nodes (QDQ),
     which engines fuse into integer kernels. (int8 activations would make ONNX Runtime three times slower on x86.)
 
+    Of a network for texts the table of the words' vectors is stored as int8, too, and their mean is taken in float.
+
     The other two are there to be compared with. ``dynamic`` finds the range of each activation anew in each run: good
     for large linear layers, much slower than float for convolutions. ``weights`` stores the weights as int8 and
     computes in float: a smaller file, no faster.
@@ -129,6 +131,7 @@ def quantize_onnx(
         if method == "percentile" and len({next(iter(batch.values())).shape for batch in batches}) > 1:
             raise CompanionError("the method percentile needs batches of one size: leave out the smaller one.")
         expected = [engine.run(batch) for batch in batches]
+        texts = engine.metadata.task == "text"
     if not all(np.isfinite(array).all() for answer in expected for array in answer.values()):
         raise CompanionError(f"the answers of {path} are NaN or infinite: look at its weights.")
     make = {"static": _by_nncf if backend == "nncf" else _static, "dynamic": _dynamic, "weights": _weights_only}[mode]
@@ -138,7 +141,8 @@ def quantize_onnx(
         nodes = _weighted(model)
         if not nodes:
             raise CompanionError(f"{path} has no weights to quantize: no convolution and no linear layer.")
-        made = make(_Job(model, folder, batches, _excluded(exclude, model), per_channel, share, bias))
+        kept = [*_excluded(exclude, model), *(_mean(model) if texts else ())]
+        made = make(_Job(model, folder, batches, kept, per_channel, share, bias))
         content = _tidied(made, path)
     with OnnxRuntimeEngine(content, threads=1) as engine:
         found = [engine.run(batch) for batch in batches]
@@ -248,6 +252,13 @@ def _head(model: Any, weighted: list[Any]) -> list[str]:
         else:
             head.append(node.name)
     return head
+
+
+def _mean(model: Any) -> list[str]:
+    """Names of what takes the mean of the words' vectors: on one scale with 900 words, a count of 3 would be none."""
+    first = _weighted(model)[0].name
+    ahead = takewhile(lambda node: node.name != first, model.graph.node)
+    return [node.name for node in ahead if node.op_type != "Gather"]
 
 
 @dataclass(frozen=True)
@@ -373,7 +384,12 @@ def _channels(node: Any, weight: Tensor) -> int:
 
 def _integers(model: Any) -> int:
     """How many convolutions and products have integer weights."""
-    dequantized = {node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
+    constants = {tensor.name for tensor in model.graph.initializer}
+    dequantized = {
+        node.output[0]
+        for node in model.graph.node
+        if node.op_type == "DequantizeLinear" and node.input[0] in constants
+    }
     return sum(
         node.op_type in INTEGER or (node.op_type in WEIGHTED and node.input[1] in dequantized)
         for node in model.graph.node

@@ -329,7 +329,8 @@ def apply_steps(
 def calibration_batches(
     data: Any, *, batches: int = CALIBRATION, batch_size: int = 32, seed: int = 0
 ) -> Iterator[np.ndarray]:
-    """Inputs drawn from a data set without their targets: arrays [batch_size, …], fewer if the data set is smaller.
+    """Inputs drawn from a data set without their targets: arrays [batch_size, …], fewer if the data set is smaller,
+    texts padded to the longest of a batch.
 
     Raises:
         CompanionError: the data set is empty.
@@ -337,8 +338,9 @@ def calibration_batches(
     if len(data) == 0:
         raise CompanionError("there is nothing to calibrate with: the data set is empty.")
     order = np.random.default_rng(seed).permutation(len(data))[: batches * batch_size]
+    collate = train.task_of(data).collate
     for start in range(0, len(order), batch_size):
-        yield np.stack([np.asarray(data[int(i)][0]) for i in order[start : start + batch_size]])
+        yield collate([data[int(i)] for i in order[start : start + batch_size]])[0].numpy()
 
 
 GRID = ("", "prune=0.7", "prune=0.5", "prune=0.3", "low_rank=0.5", "prune=0.6,low_rank=0.6")

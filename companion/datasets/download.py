@@ -12,13 +12,14 @@ from typing import IO, Any
 from urllib.error import HTTPError, URLError
 
 import companion
-from companion.datasets import camvid, cifar10
+from companion.datasets import ag_news, camvid, cifar10
 from companion.datasets.store import archive_name, data_folder, manifest
 from companion.errors import CompanionError
 from companion.files import sha256, working_path
 from companion.progress import progress_bar
 
 BLOCK = 64 * 1024  # bytes read at a time
+BROUGHT = {"camvid": camvid, "ag_news": ag_news}  # by the reader: there is nothing to download
 
 
 def get(name: str, *, url: str | None = None, timeout: float = 30.0, progress: bool = True) -> Path:
@@ -29,8 +30,8 @@ def get(name: str, *, url: str | None = None, timeout: float = 30.0, progress: b
     puts it into `data_folder`: then it is checked and unpacked, and nothing is downloaded.
 
     Args:
-        name: ``cifar10``; or ``camvid``, which cannot be downloaded: if it is not there, the error says what to put
-            where. The other data sets need no download.
+        name: ``cifar10``; or ``camvid`` or ``ag_news``, which cannot be downloaded: if it is not there, the error says
+            what to put where. The other data sets need no download.
         url: another place that has the same file.
         timeout: give up when the server sends nothing for so many seconds.
         progress: show a progress bar where somebody watches.
@@ -46,8 +47,8 @@ def get(name: str, *, url: str | None = None, timeout: float = 30.0, progress: b
     if not 0 < timeout <= 86_400:
         raise CompanionError(f"timeout is {timeout:g}: give seconds, more than 0 and at most a day.")
     downloads = manifest()["downloads"]
-    if name == "camvid":
-        return camvid.locate()
+    if name in BROUGHT:
+        return BROUGHT[name].locate()
     if name not in downloads:
         raise CompanionError(f"{name!r} is nothing to download: choose {', '.join(downloads)}.")
     if (present := cifar10.find()) is not None:

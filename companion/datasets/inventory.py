@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from companion.datasets import camvid, cifar10
+from companion.datasets import ag_news, camvid, cifar10
 from companion.datasets.arrays import ArrayImages
 from companion.datasets.digit_scenes import DigitScenes, digit_scenes
 from companion.datasets.digits import digits
@@ -19,7 +19,7 @@ GENERATED: dict[str, Callable[[str], ArrayImages | DigitScenes]] = {
     "hard_digits": hard_digits,
     "digit_scenes": digit_scenes,
 }
-OTHERS = {"cifar10": cifar10, "camvid": camvid}  # not always there
+OTHERS = {"cifar10": cifar10, "camvid": camvid, "ag_news": ag_news}  # not always there
 RIGHT = "as it should be"
 
 
@@ -61,6 +61,7 @@ def catalogue() -> list[Entry]:
             "2,500 images, masks, boxes",
             "CC BY 4.0",
         ),
+        Entry("docstrings", "text", "the library of this Python", "built in", "about 6,500 texts", "PSF licence"),
         Entry(
             "cifar10",
             "classify",
@@ -76,6 +77,14 @@ def catalogue() -> list[Entry]:
             state["camvid"],
             "no download: bring it",
             "CC BY-NC 4.0; cite the source",
+        ),
+        Entry(
+            "ag_news",
+            "text",
+            "Zhang et al. 2015",
+            state["ag_news"],
+            "no download: bring it",
+            "for research, not commercial",
         ),
     ]
 

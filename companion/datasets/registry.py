@@ -7,23 +7,28 @@ from pathlib import Path
 from typing import Any
 
 from companion.datasets import camvid
+from companion.datasets.ag_news import ag_news
 from companion.datasets.arrays import ArrayImages
 from companion.datasets.cifar10 import cifar10
 from companion.datasets.digit_scenes import DigitScenes, digit_scenes
 from companion.datasets.digits import digits
+from companion.datasets.docstrings import docstrings
 from companion.datasets.hard_digits import hard_digits
 from companion.datasets.images import Pictures, folder
+from companion.datasets.texts import Texts
 from companion.errors import CompanionError
 
 SPLITS = ("train", "test")
-Samples = ArrayImages | Pictures | DigitScenes | camvid.RoadScenes
+Samples = ArrayImages | Pictures | DigitScenes | camvid.RoadScenes | Texts
 
 _DATASETS: dict[str, Callable[..., Samples]] = {
     "digits": digits,
     "hard_digits": hard_digits,
     "digit_scenes": digit_scenes,
+    "docstrings": docstrings,
     "cifar10": cifar10,
     "camvid": camvid.camvid,
+    "ag_news": ag_news,
     "folder": folder,
 }
 
@@ -48,17 +53,20 @@ def load(name: str, *, split: str, root: str | os.PathLike[str] | None = None, *
     Args:
         name: one of `names`, or ``folder:PATH`` for images of your own.
         split: ``train`` or ``test``, of camvid also ``val``.
-        root: where to look for ``cifar10`` and ``camvid`` instead of `data_folder`: a folder that holds it, or the
-            zip or folder itself. The others need none.
+        root: where to look for ``cifar10``, ``camvid`` and ``ag_news`` instead of `data_folder`: a folder that holds
+            it, or the file or folder itself. The others need none.
         options: ``level`` of hard_digits; ``task``, ``size`` and ``scenes`` of digit_scenes; ``size`` of folder:PATH
-            (the side in pixels, 32 if not given).
+            (the side in pixels, 32 if not given); ``vocabulary`` of docstrings and ag_news, if not that of their own
+            training split.
 
     Returns:
-        A data set of samples whose image is float32 [3, H, W] in 0..1. It has ``name``, ``labels`` (class names in
+        A data set of samples whose image is float32 [3, H, W] in 0..1, or of texts. It has ``name``, ``labels`` (class names in
         order), ``augmentation`` (what suits it in training: ``shift``, ``shift_flip`` or None) and ``task``, which
         says what a sample is. ``classify``: ``(image, label)``, the label an int; the labels of all samples are in
         ``targets`` (int64 [N]). ``segment``: ``(image, mask)``, the mask int64 [H, W] with 255 for void.
         ``detect``: ``(image, {"boxes", "labels"})``, float32 [K, 4] as x1, y1, x2, y2 in pixels, and int64 [K].
+        ``text``: ``(ids, label)``, the ids of the text's words int64 [L], as places in ``vocabulary``; the texts
+        themselves are in ``texts``, the labels in ``targets``.
         Those made from digits also have ``groups`` (int64 [N]: images of different groups share no scan, but for the
         fragments in hard_digits).
 

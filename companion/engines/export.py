@@ -27,6 +27,7 @@ from companion.engines.network import (
     random_like,
     stride_of,
     takes_any_size,
+    takes_texts,
 )
 from companion.errors import CompanionError
 from companion.files import check_writable, replacing
@@ -75,7 +76,7 @@ def export_onnx(
     Args:
         model: the network; it is copied, and exported in evaluation mode.
         example: what it takes: a tensor, a tuple of its arguments, or a dict of them by name, each with the samples in
-            the first dimension. The other dimensions are fixed by it.
+            the first dimension. The other dimensions are fixed by it, but for the length of our texts.
         path: the file; an existing one is replaced.
         labels: class names in the order of the outputs, if not those the network already carries.
         task: ``classify``, ``text``, ``segment`` or ``detect``, for a network that is not ours.
@@ -141,6 +142,8 @@ def onnx_bytes(
             raise CompanionError(f"{said.model} does not take images of any size: leave out dynamic_size.")
         said = replace(said, stride=stride_of(model))
         examples.append(_larger(example, stride_of(model)))
+    elif takes_texts(said):
+        examples.append(example.repeat(1, 3)[:, :-1])
     content = _convert(model, example, opset, said)
     content = to_float16(content) if precision == "fp16" else content
     return content, *_compare(model, examples, content, tolerance)
@@ -153,7 +156,8 @@ def _larger(images: Tensor, stride: int) -> Tensor:
 
 
 def _convert(model: nn.Module, example: Any, opset: int, metadata: Metadata) -> bytes:
-    """The network as the bytes of an ONNX file; height and width are open if the metadata have a stride."""
+    """The network as the bytes of an ONNX file; height and width are open if the metadata have a stride, and so is the
+    length of texts."""
     import onnx
 
     if (weights := model_bytes(model)) > MAX_BYTES:
@@ -172,6 +176,8 @@ def _convert(model: nn.Module, example: Any, opset: int, metadata: Metadata) -> 
     if (stride := metadata.stride) is not None:
         height, width = torch.export.Dim("h"), torch.export.Dim("w")
         free |= {2: height, 3: width} if stride == 1 else {2: stride * height, 3: stride * width}
+    if takes_texts(metadata):
+        free |= {1: torch.export.Dim("length")}
     try:
         with quiet():
             # By the parameters' names, for *args is one parameter.

@@ -15,8 +15,8 @@ from companion import models
 from companion.engines.base import TASKS, Metadata, one_sentence
 from companion.errors import CompanionError
 from companion.metrics.probe import check_example
-from companion.models import yolov5
-from companion.models.registry import attach
+from companion.models import text, yolov5
+from companion.models.registry import attach, blank
 
 
 def own_copy(model: nn.Module) -> nn.Module:
@@ -30,29 +30,38 @@ def own_copy(model: nn.Module) -> nn.Module:
 
 
 def example_for(model: nn.Module) -> Tensor:
-    """A random image for a network of ours, always the same: float32 [1, 3, S, S] in 0..1, S the size it is made for.
+    """Random input for a network of ours, always the same: an image float32 [1, 3, S, S] in 0..1, S the size it is made
+    for, or the word ids of a text, int64 [1, 16], the last one padding.
 
     Raises:
-        CompanionError: the network is not ours, or takes no images.
+        CompanionError: the network is not ours.
     """
     try:
         info = models.describe(model)
-    except CompanionError:
-        info = None
-    if info is None or info.task == "text":
-        name = type(model).__name__ if info is None else info.name
-        raise CompanionError(f"{name} does not say which images it takes: give an example of its input.")
-    side = info.configuration.get("image_size", models.image_size(info.name))
-    return torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+    except CompanionError as error:
+        raise CompanionError(
+            f"{type(model).__name__} does not say what it takes: give an example of its input."
+        ) from error
+    empty, generator = blank(info), torch.Generator().manual_seed(0)
+    if empty.is_floating_point():
+        return torch.rand(empty.shape, generator=generator)
+    ids = torch.randint(1, info.configuration["vocabulary_size"], empty.shape, generator=generator)
+    ids[:, -1] = text.PADDING
+    return ids
 
 
 def takes_any_size(model: nn.Module) -> bool:
-    """Whether a network takes images of every height and width: all of ours do whose configuration fixes none, and of
-    others it is tried."""
+    """Whether a network takes images of every height and width, or texts of every length: all of ours do whose
+    configuration fixes none, and of others it is tried."""
     try:
         return "image_size" not in models.describe(model).configuration
     except CompanionError:
         return True
+
+
+def takes_texts(said: Metadata) -> bool:
+    """Whether a network is one of ours for texts, whose word ids [N, L] may be of any length."""
+    return said.task == "text" and said.configuration is not None
 
 
 def stride_of(model: nn.Module) -> int:
@@ -86,7 +95,8 @@ def metadata_of(
         info = replace(info, labels=labels)
         attach(nn.Identity(), info)  # which checks their number
     normalisation = (info.configuration.get("mean"), info.configuration.get("std"))
-    return Metadata(info.name, info.configuration, info.task, info.labels, info.vocabulary, size, None, *normalisation)
+    said = Metadata(info.name, info.configuration, info.task, info.labels, info.vocabulary, size, None, *normalisation)
+    return replace(said, input_size=None) if takes_texts(said) else said
 
 
 def check_batch(model: nn.Module, example: Any) -> dict[str, Tensor]:

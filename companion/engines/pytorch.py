@@ -42,8 +42,8 @@ class TorchEngine(Engine):
             model: the network.
             threads: CPU threads while it runs: torch's number for the thread that calls, set and put back.
             example: what the network takes: a tensor, a tuple of its arguments, or a dict of them by name, each with
-                the samples in the first dimension. It fixes the other dimensions. Our image networks need none, and
-                take images of any size that suits them.
+                the samples in the first dimension. It fixes the other dimensions. Our own networks need none, and
+                take images of any size that suits them, or texts of any length.
             device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
 
         Raises:
@@ -76,7 +76,9 @@ class TorchEngine(Engine):
             return _infos(one, two), _infos(outputs, self._run(two))
         # Without memory or arithmetic: four times the pixels may take long.
         assert self._model is not None
-        large = {name: torch.from_numpy(array).to("meta").repeat(2, 1, 2, 2) for name, array in one.items()}
+        # Of images [N, C, H, W] the channels stay; texts are [N, L].
+        times = {4: (2, 1, 2, 2), 2: (2, 2)}
+        large = {name: torch.from_numpy(a).to("meta").repeat(times[a.ndim]) for name, a in one.items()}
         answers = call(on_meta(self._model), tree_unflatten(list(large.values()), self._form))
         return _infos(one, large), _infos(outputs, flatten(answers, "output"))
 

@@ -6,10 +6,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from companion.errors import CompanionError
-from companion.models import cnn, layers, resnet, segmentation, yolov5
+from companion.models import cnn, layers, resnet, segmentation, text, yolov5
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class _Network:
     settings: dict[str, Any]
     """What `create` may change, with defaults."""
     task: str = "classify"
-    image_size: int = 32
-    """Side of the square images it is made for, in pixels."""
+    image_size: int | None = 32
+    """Side of the square images it is made for, in pixels; None for texts."""
 
 
 _CIFAR = {"classes": 10, "mean": layers.CIFAR10_MEAN, "std": layers.CIFAR10_STD}
@@ -85,6 +85,13 @@ _NETWORKS = {
         task="segment",
         image_size=520,
     ),
+    # 2.4.2 prints a table of 10,000 words and four classes.
+    "text_classifier": _Network(
+        text.TextClassifier,
+        {"vocabulary_size": 10_000, "embedding": 64, "hidden": 64, "classes": 4, "word_dropout": 0.3},
+        task="text",
+        image_size=None,
+    ),
     # As published, for COCO; and one for digit_scenes at 160×160, of half yolov5n's width.
     **{f"yolov5{variant}": _yolov5(depth, width) for variant, (depth, width) in yolov5.VARIANTS.items()},
     "yolov5_tiny": _yolov5(0.33, 0.125, yolov5.DIGIT_ANCHORS, classes=10, image_size=160),
@@ -123,7 +130,12 @@ def _side(value: Any) -> bool:
 
 
 _ALLOWED = {
-    **dict.fromkeys(("classes", "hidden", "image_size", "width"), _Allowed("a whole number from 1", _count)),
+    **dict.fromkeys(
+        ("classes", "embedding", "hidden", "image_size", "width"), _Allowed("a whole number from 1", _count)
+    ),
+    # Padding and unknown words take two rows.
+    "vocabulary_size": _Allowed("a whole number from 2", lambda value: _count(value) and value >= 2),
+    "word_dropout": _Allowed("a share from 0 to below 1", lambda value: _finite(value) and 0 <= value < 1),
     # Each level has twice the channels of the one above.
     "depth": _Allowed("a whole number from 1 to 6", lambda value: _count(value) and value <= 6),
     **dict.fromkeys(
@@ -145,13 +157,21 @@ def names() -> list[str]:
     return list(_NETWORKS)
 
 
-def image_size(name: str) -> int:
-    """Side of the square images that the network called ``name`` is made for, in pixels.
+def image_size(name: str) -> int | None:
+    """Side of the square images that the network called ``name`` is made for, in pixels; None if it takes texts.
 
     Raises:
         CompanionError: no such network.
     """
     return _network(name).image_size
+
+
+def blank(info: ModelInfo) -> Tensor:
+    """Input of the form that such a network takes, all zeros, on torch's default device: an image float32
+    [1, 3, S, S], S the size it is made for, or the word ids of one text, int64 [1, 16]."""
+    if (side := info.configuration.get("image_size", image_size(info.name))) is not None:
+        return torch.zeros(1, 3, side, side)
+    return torch.zeros(1, 16, dtype=torch.int64)
 
 
 def task(name: str) -> str:
@@ -170,17 +190,26 @@ def _network(name: str) -> _Network:
 
 
 def create(
-    name: str, *, labels: Sequence[str] | None = None, seed: int | None = None, **configuration: Any
+    name: str,
+    *,
+    labels: Sequence[str] | None = None,
+    vocabulary: Sequence[str] | None = None,
+    seed: int | None = None,
+    **configuration: Any,
 ) -> nn.Module:
     """Build a network with fresh weights.
 
     Args:
         name: one of `names`.
         labels: class names in the order of the outputs; kept with the network and in its file.
+        vocabulary: of ``text_classifier``, the words in the order of their ids (`companion.datasets.build_vocabulary`),
+            likewise kept; its length is the ``vocabulary_size``.
         seed: draw the weights from this seed and leave torch's global generator alone; None draws from that.
         configuration: the network's own settings. All take ``classes`` (10; of ``resnet18`` and ``resnet50`` 1000, of
             the networks that segment 11, of YOLOv5 80, of ``yolov5_tiny`` 10), and all but YOLOv5 ``mean`` and ``std``
-            (three numbers each, of CIFAR-10 or ImageNet). YOLOv5 takes ``depth_multiple`` and ``width_multiple``
+            (three numbers each, of CIFAR-10 or ImageNet). ``text_classifier`` takes neither of these two, has 4 classes
+            and takes ``vocabulary_size`` (10,000), ``embedding`` and ``hidden`` (64 each) and ``word_dropout`` (0.3),
+            the share of the words left out in training. YOLOv5 takes ``depth_multiple`` and ``width_multiple``
             (shares of the large one's) and ``anchors`` (pixels, for each of three scales pairs of width and height).
             The residual networks take ``width``, the channels of their first stage (16 for 14, 20 and 56 layers, else
             64), ``unet`` takes ``width`` (8) and ``depth`` (3). The two CNNs take ``channels`` ((16, 32) and
@@ -189,12 +218,17 @@ def create(
     Returns:
         The network, in training mode. `describe` tells what it is. Every image network takes float
         images [N, 3, H, W] in 0..1 and returns scores (logits): [N, classes], or to segment [N, classes, H, W];
-        normalisation is inside. YOLOv5 detects: see `companion.models.yolov5.YOLOv5` for what it returns.
+        normalisation is inside. ``text_classifier`` takes word ids int64 [N, L], padded with 0. YOLOv5 detects: see `companion.models.yolov5.YOLOv5` for what it returns.
 
     Raises:
-        CompanionError: no such network, or an argument that it does not take.
+        CompanionError: no such network, an argument that it does not take, or a vocabulary that does not fit.
     """
     network = _network(name)
+    if vocabulary is not None:
+        vocabulary = _texts("the vocabulary", vocabulary)
+        if "vocabulary_size" not in network.settings:
+            raise CompanionError(f"{name} takes images: leave out the vocabulary.")
+        configuration.setdefault("vocabulary_size", len(vocabulary))
     for key in configuration:
         if key not in network.settings:
             raise CompanionError(f"{name} has no setting {key!r}: it takes {', '.join(network.settings)}.")
@@ -214,7 +248,14 @@ def create(
     except (TypeError, ValueError, RuntimeError, OverflowError, MemoryError) as error:
         reason = str(error).partition("\n")[0] or "too large"
         raise CompanionError(f"{name} cannot be built from {configuration}: {reason}.") from error
-    return attach(model, ModelInfo(name, full, network.task, tuple(labels) if labels is not None else None))
+    labels = tuple(labels) if labels is not None else None
+    return attach(model, ModelInfo(name, full, network.task, labels, vocabulary))
+
+
+def _texts(what: str, values: Any) -> tuple[str, ...]:
+    if isinstance(values, str) or not isinstance(values, Sequence) or not all(isinstance(v, str) for v in values):
+        raise CompanionError(f"{what} must be a list of texts.")
+    return tuple(values)
 
 
 def tuples(value: Any) -> Any:
@@ -226,11 +267,20 @@ def attach(model: nn.Module, info: ModelInfo) -> nn.Module:
     """Note on ``model`` what it is.
 
     Raises:
-        CompanionError: the number of labels is not the number of the network's classes.
+        CompanionError: the number of labels is not the number of the network's classes, or the vocabulary is not one of
+            different words, as many as the network has rows for.
     """
     classes = info.configuration.get("classes")
     if info.labels is not None and classes is not None and len(info.labels) != classes:
         raise CompanionError(f"{info.name} has {classes} classes, but {len(info.labels)} labels were given.")
+    if info.vocabulary is not None and (rows := info.configuration.get("vocabulary_size")) is not None:
+        _texts("the vocabulary", info.vocabulary)
+        if len(info.vocabulary) != rows:
+            raise CompanionError(
+                f"{info.name} has rows for {rows:,} words, but the vocabulary has {len(info.vocabulary):,}."
+            )
+        if len(set(info.vocabulary)) != rows:
+            raise CompanionError("the vocabulary has a word twice: each must have one id.")
     model.__dict__["companion_info"] = info  # plain data: not a module, a parameter or a buffer
     return model
 

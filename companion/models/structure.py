@@ -137,8 +137,8 @@ def replace_layers(model: nn.Module, layers: Mapping[str, Specification]) -> Non
             raise CompanionError(f"the layer {path!r} cannot be built as the file says: {reason}.") from error
 
 
-def check_runs(model: nn.Module, size: int) -> int:
-    """Run a network on the meta device, where nothing is computed, on an image of ``size`` × ``size`` pixels.
+def check_runs(model: nn.Module, example: Tensor) -> int:
+    """Run a network on the meta device, where nothing is computed, on an example that is there, too.
 
     Returns:
         How many numbers the layer that gives the most gives.
@@ -154,7 +154,7 @@ def check_runs(model: nn.Module, size: int) -> int:
     handles = [module.register_forward_hook(look) for module in model.modules()]
     try:
         with torch.no_grad():
-            model.eval()(torch.empty(1, 3, size, size, device="meta"))
+            model.eval()(example)
     except (RuntimeError, ValueError, TypeError, IndexError, ArithmeticError) as error:
         raise CompanionError(f"its layers do not go together: {str(error).partition(chr(10))[0]}.") from error
     finally:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from companion.errors import CompanionError
 from companion.files import replacing, shipped
-from companion.models.registry import ModelInfo, attach, create, describe, image_size, tuples
+from companion.models.registry import ModelInfo, attach, blank, create, describe, tuples
 from companion.models.structure import changed_layers, check_runs, replace_layers
 
 FORMAT = "companion-1"
@@ -87,12 +87,13 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
         raise CompanionError(f"{path} says that {info.name} is for the task {info.task!r}, which it is not.")
     if layers:
         try:
-            size = info.configuration.get("image_size", image_size(info.name))
-            most = GROWTH * check_runs(model, size)
+            with torch.device("meta"):
+                example = blank(info)
+            most = GROWTH * check_runs(model, example)
             with torch.device("meta"):
                 replace_layers(model, layers)
-            if check_runs(model, size) > most:
-                raise CompanionError(f"one of its layers would give more than {most:,} numbers for one image.")
+            if check_runs(model, example) > most:
+                raise CompanionError(f"one of its layers would give more than {most:,} numbers for one sample.")
         except CompanionError as error:
             raise CompanionError(f"{path} does not fit {info.name}: {error}") from error
     _check_fit(path, info.name, model.state_dict(), state)

@@ -14,6 +14,7 @@ from torch.utils.data import ConcatDataset, Subset, default_collate
 from companion.errors import CompanionError
 from companion.models import yolov5_loss
 from companion.models.boxes import candidates, suppress
+from companion.models.text import PADDING
 from companion.models.yolov5 import STRIDES
 from companion.train.augment import VOID, Placement
 
@@ -147,6 +148,12 @@ def _classification_loss(model: nn.Module, outputs: Tensor, targets: Tensor) -> 
     return cross_entropy(outputs, targets)
 
 
+def _text_batch(samples: list[Any]) -> tuple[Tensor, Tensor]:
+    """Word ids [N, L], padded to the longest text, and labels [N]."""
+    ids, labels = zip(*samples, strict=True)
+    return pad_sequence(list(ids), batch_first=True, padding_value=PADDING), torch.tensor(labels)
+
+
 def _segmentation_loss(model: nn.Module, outputs: Tensor, targets: Tensor) -> Tensor:
     # Not reduction="mean", which is 0/0 for a batch of nothing but void.
     return cross_entropy(outputs, targets, ignore_index=VOID, reduction="sum") / (targets != VOID).sum().clamp(min=1)
@@ -210,6 +217,7 @@ class Task:
 
 TASKS = {
     "classify": Task(default_collate, _classification_loss, Accuracy, follow=lambda labels, _: labels),
+    "text": Task(_text_batch, _classification_loss, Accuracy),
     "segment": Task(
         _segmentation_batch,
         _segmentation_loss,

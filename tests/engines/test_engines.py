@@ -335,7 +335,7 @@ def test_wrong_names_and_options(exported, tmp_path):
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_network_that_is_not_ours_needs_an_example(engine):
-    refused("Linear does not say which images it takes: give an example", torch.nn.Linear(2, 3), engine)
+    refused("Linear does not say what it takes: give an example", torch.nn.Linear(2, 3), engine)
     refused("Linear does not run on", torch.nn.Linear(2, 3), engine, example=torch.rand(1, 5))
     refused("at least one sample", torch.nn.Linear(2, 3), engine, example=torch.rand(0, 2))
     refused("same number of samples", Words(), engine, example=(IDS, MASK[:1]))
