@@ -103,7 +103,7 @@ def doctor(json: Json = False) -> None:
 
 @app.command()
 def train(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="simple_cnn, cifar_resnet20, unet, …")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="simple_cnn, cifar_resnet20, text_classifier, …")],
     data: Data = "digits",
     epochs: Annotated[
         int | None, typer.Option(min=1, help="Passes over the training data; 10, of a detector 25, if not given.")
@@ -155,7 +155,8 @@ def train(
         own_split: dict[str, Any] = (
             {"validation": datasets.load(data, split="val")} if "val" in datasets.splits(data) else {}
         )
-        network = models.create(model, labels=train_data.labels, classes=len(train_data.labels), seed=seed)
+        words = {"vocabulary": getattr(train_data, "vocabulary", None)} if models.task(model) == "text" else {}
+        network = models.create(model, labels=train_data.labels, classes=len(train_data.labels), seed=seed, **words)
         own = Path(data.removeprefix("folder:")).resolve().name.removesuffix(".zip")
         out = out or Path(f"{model}-{own if data.startswith('folder:') else data}.safetensors")
         if joined.rank == 0:
@@ -165,7 +166,8 @@ def train(
             say(f"there is no unfinished run in {checkpoint}: starting from the beginning")
         if out.exists():
             say(f"{out} exists: it will be replaced when this run is done")
-        say(f"{model} ({metrics.count_parameters(network):,} parameters) on {data} ({len(train_data):,} images)")
+        size = f"{metrics.count_parameters(network):,} parameters"
+        say(f"{model} ({size}) on {data} ({len(train_data):,} {_samples(train_data)})")
         if advice := training.Precision.named(precision, device).advice:
             say(advice)
         if joined.size > 1:
@@ -208,7 +210,7 @@ def train(
                 f"{out} is saved, and was not judged, for a worker was lost: "
                 f"`companion evaluate {out} --data {data}` does it."
             ) from error
-        say(f"test  {_figures(scores)}")
+        say(f"test  {_figures(scores, test_data)}")
 
 
 @app.command()
@@ -244,6 +246,7 @@ def evaluate(
         info = models.describe(network)
         name, size = info.name, info.configuration.get("image_size", models.image_size(info.name))
         task: str | None = info.task
+        vocabulary = info.vocabulary
     else:
         if precision != "fp32" or device is not None:
             raise CompanionError("an engine computes as its file says, on the CPU: leave out --precision and --device.")
@@ -253,7 +256,8 @@ def evaluate(
         network, device = engines.as_module(runs), "cpu"
         name = f"{runs.metadata.model or path.name} by {runs.name}"
         task, size = runs.metadata.task, runs.inputs[0].shape[-1] or (runs.metadata.input_size or (None,))[-1]
-    samples = datasets.load(data, split=split, **_suited(data, task, size))
+        vocabulary = runs.metadata.vocabulary
+    samples = datasets.load(data, split=split, **_suited(data, task, size, vocabulary))
     scores = training.evaluate(network, samples, precision=precision, device=device, num_workers=workers)
     if json:
         found = {"model": name, "data": data, "split": split, "samples": scores.samples}
@@ -261,7 +265,7 @@ def evaluate(
         found["loss"] = scores.loss if math.isfinite(scores.loss) else None
         print(json_module.dumps(found | scores.metrics, allow_nan=False))
     else:
-        print(f"{name} on {data} ({split})  {_figures(scores)}")
+        print(f"{name} on {data} ({split})  {_figures(scores, samples)}")
 
 
 @app.command()
@@ -427,7 +431,8 @@ def compress(
         files.check_writable(path)
     network = models.load(weights)
     info = models.describe(network)
-    options = _suited(data, info.task, info.configuration.get("image_size", models.image_size(info.name)))
+    size = info.configuration.get("image_size", models.image_size(info.name))
+    options = _suited(data, info.task, size, info.vocabulary)
     _set_threads(threads)
     train_data, test_data = (datasets.load(data, split=split, **options) for split in ("train", "test"))
     settings: dict[str, Any] = {
@@ -615,7 +620,7 @@ def _objects(found: "detection.Detections") -> str:
 
 @app.command()
 def serve(
-    kind: Annotated[str, typer.Argument(metavar="image", help="What clients send.")],
+    kind: Annotated[str, typer.Argument(metavar="image|text", help="What clients send.")],
     model: Annotated[Path, typer.Option(metavar="F", help="A .safetensors or .onnx file.")],
     engine: Annotated[str | None, typer.Option(help="torch_fused, onnxruntime, …; the usual one if not given.")] = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets everybody in.")] = "127.0.0.1",
@@ -634,8 +639,8 @@ def serve(
     """
     from companion.serve import main as serving
 
-    if kind != "image":
-        raise CompanionError(f"there is no server for {kind!r}: image is what can be served.")
+    if kind not in serving.APPS:
+        raise CompanionError(f"there is no server for {kind!r}: choose {' or '.join(serving.APPS)}.")
     settings = serving.settings_from(
         policy=policy,
         max_batch=max_batch,
@@ -645,6 +650,7 @@ def serve(
         grace=grace,
     )
     serving.run(
+        kind,
         model,
         engine=engine,
         host=host,
@@ -665,9 +671,9 @@ def load(
     token: Annotated[str | None, typer.Option(envvar="COMPANION_SERVE_TOKEN", help="Bearer token.")] = None,
     json: Json = False,
 ) -> None:
-    """Put a server of images under load, and check its answers.
+    """Put a server of images or texts under load, and check its answers.
 
-    Each of 64 images is sent alone first; what comes back then is the right answer.
+    Each of 64 samples is sent alone first; what comes back then is the right answer.
     """
     from companion import datasets
     from companion.serve.load import Request, alone
@@ -675,8 +681,14 @@ def load(
 
     if concurrency is not None and rate is not None:
         raise CompanionError("give either --concurrency or --rate.")
-    images = datasets.load(data, split="test")
-    requests = [Request(_png(images[i][0]), "image/png") for i in range(min(64, len(images)))]
+    samples = datasets.load(data, split="test")
+    chosen = range(min(64, len(samples)))
+    if isinstance(samples, datasets.Texts):
+        bodies = [json_module.dumps({"texts": [samples.texts[i]]}).encode() for i in chosen]
+        kind = "application/json"
+    else:
+        bodies, kind = [_png(samples[i][0]) for i in chosen], "image/png"
+    requests = [Request(body, kind) for body in bodies]
     if concurrency is None and rate is None:
         concurrency = 32
     requests = alone(url, requests, token=token)
@@ -771,8 +783,10 @@ def data_verify() -> None:
         raise CompanionError("some data are not what they should be; see the lines marked WRONG.")
 
 
-def _suited(data: str, task: str | None, size: int | None) -> dict[str, Any]:
+def _suited(data: str, task: str | None, size: int | None, vocabulary: tuple[str, ...] | None = None) -> dict[str, Any]:
     """Options of a data set that can be made for more than one network."""
+    if data in ("docstrings", "ag_news"):
+        return {"vocabulary": vocabulary}
     if data.startswith("folder:") and size is not None:
         return {"size": size}
     if data == "digit_scenes" and task is None:
@@ -792,10 +806,14 @@ def _epoch(epoch: "Epoch") -> str:
     return f"epoch {epoch.epoch:3}   loss {epoch.train_loss:7.4f}{score}   {epoch.seconds:6.1f} s"
 
 
-def _figures(scores: "Scores") -> str:
+def _samples(data: Any) -> str:
+    return "texts" if data.task == "text" else "images"
+
+
+def _figures(scores: "Scores", data: Any) -> str:
     figures = [f"{name} {100 * value:.2f} %" for name, value in scores.metrics.items()]
     loss = [] if math.isnan(scores.loss) else [f"loss {scores.loss:.4f}"]
-    return ", ".join([*figures, *loss, f"{scores.samples:,} images"])
+    return ", ".join([*figures, *loss, f"{scores.samples:,} {_samples(data)}"])
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

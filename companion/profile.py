@@ -16,6 +16,7 @@ from companion.metrics.latency import Latency, inference, measure_latency
 from companion.units import format_bytes, format_count, format_seconds
 
 TORCHVISION = "torchvision:"
+TEXT = 16  # words
 TORCHVISION_INPUT = (1, 3, 224, 224)  # what its classifiers were trained on
 
 
@@ -71,7 +72,8 @@ def profile(
         if not on_disk and name not in models.names() and path.exists():
             raise CompanionError(f"{name} is neither a .safetensors nor an .onnx file.")
         model = models.load(path) if on_disk else models.create(name, seed=0)
-        example = engines.example_for(model) if input is None else _random(input)
+        whole = models.describe(model).task == "text"
+        example = engines.example_for(model) if input is None else _random(input, whole=whole)
     model.eval()
     return Profile(
         target=name,
@@ -97,8 +99,11 @@ def _torchvision(name: str) -> nn.Module:
     return torchvision.models.get_model(name, **options)
 
 
-def _random(shape: tuple[int, ...]) -> torch.Tensor:
+def _random(shape: tuple[int, ...], *, whole: bool = False) -> torch.Tensor:
+    """Fractions; or where whole numbers are wanted, which may be the ids of words, ones."""
     try:
+        if whole:
+            return torch.ones(shape, dtype=torch.int64)
         return torch.rand(shape, generator=torch.Generator().manual_seed(0))
     except (RuntimeError, MemoryError) as error:
         raise CompanionError(f"an input of shape {shape} does not fit into the memory: make it smaller.") from error
@@ -118,12 +123,12 @@ def _profile_onnx(path: Path, shape: tuple[int, ...] | None, threads: int, secon
         taken = engine.inputs[0]
         if shape is None:
             shape = tuple(1 if i == 0 and size is None else size or 0 for i, size in enumerate(taken.shape))
-            sample = engine.metadata.input_size
+            sample = (TEXT,) if engine.metadata.task == "text" else engine.metadata.input_size
             if 0 in shape and sample is not None:
                 shape = (shape[0], *sample)
             if 0 in shape:
                 raise CompanionError(f"{path} takes {taken}: say which size with --input.")
-        array = _random(shape).numpy().astype(taken.dtype)
+        array = _random(shape, whole="int" in taken.dtype).numpy().astype(taken.dtype)
         counted = metrics.count_onnx(path, {taken.name: shape})
         return Profile(
             target=str(path),

@@ -386,9 +386,7 @@ def _integers(model: Any) -> int:
     """How many convolutions and products have integer weights."""
     constants = {tensor.name for tensor in model.graph.initializer}
     dequantized = {
-        node.output[0]
-        for node in model.graph.node
-        if node.op_type == "DequantizeLinear" and node.input[0] in constants
+        node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear" and node.input[0] in constants
     }
     return sum(
         node.op_type in INTEGER or (node.op_type in WEIGHTED and node.input[1] in dequantized)

@@ -6,12 +6,14 @@ from companion.datasets.inventory import Check, Entry, catalogue, verify
 from companion.datasets.moving_digits import DigitClip, digit_clip
 from companion.datasets.registry import load, names, splits
 from companion.datasets.store import data_folder, shipped
+from companion.datasets.texts import Texts
 from companion.datasets.words import build_vocabulary, encode, word_ids
 
 __all__ = [
     "Check",
     "DigitClip",
     "Entry",
+    "Texts",
     "build_vocabulary",
     "catalogue",
     "data_folder",

@@ -50,9 +50,7 @@ def trouble(path: Path) -> str | None:
     return None
 
 
-def ag_news(
-    split: str, root: str | os.PathLike[str] | None = None, vocabulary: Sequence[str] | None = None
-) -> Texts:
+def ag_news(split: str, root: str | os.PathLike[str] | None = None, vocabulary: Sequence[str] | None = None) -> Texts:
     """News items, title and description, in four classes.
 
     It cannot be downloaded with `get`: put ``ag_news.csv``, or the same gzipped, into `data_folder`: UTF-8, a first

@@ -16,19 +16,34 @@ FEWEST = 5  # words of a docstring; shorter ones ("Return a string.") tell no su
 
 # By the chapters of the library's manual. A module that a system leaves out (tkinter, say) is left out here, too.
 SUBJECTS = {
-    "text": "string re difflib textwrap stringprep html xml json csv configparser tomllib plistlib gettext locale codecs "
-    "encodings pprint reprlib",
-    "numbers": "numbers fractions statistics random decimal _pydecimal datetime _pydatetime calendar colorsys _strptime "
-    "zoneinfo",
-    "files": "pathlib shutil os posixpath ntpath genericpath tempfile glob fnmatch filecmp fileinput linecache stat io "
-    "_pyio zipfile tarfile gzip bz2 lzma _compression zipapp",
-    "network": "socket ssl http urllib ftplib smtplib imaplib poplib socketserver xmlrpc email mailbox ipaddress wsgiref "
-    "webbrowser selectors base64 quopri mimetypes netrc uuid secrets hmac",
-    "concurrency": "asyncio threading _threading_local multiprocessing concurrent subprocess queue sched contextlib signal",
-    "testing": "unittest doctest pdb bdb cProfile profile pstats trace timeit tracemalloc logging warnings traceback "
-    "faulthandler",
-    "language": "ast tokenize inspect dis importlib pkgutil runpy typing types symtable code codeop compileall py_compile "
-    "opcode modulefinder pickletools keyword tabnanny pyclbr pydoc abc functools dataclasses enum",
+    "text": (
+        "string re difflib textwrap stringprep html xml json csv configparser tomllib plistlib gettext locale "
+        "codecs encodings pprint reprlib"
+    ),
+    "numbers": (
+        "numbers fractions statistics random decimal _pydecimal datetime _pydatetime calendar colorsys "
+        "_strptime zoneinfo"
+    ),
+    "files": (
+        "pathlib shutil os posixpath ntpath genericpath tempfile glob fnmatch filecmp fileinput linecache "
+        "stat io _pyio zipfile tarfile gzip bz2 lzma _compression zipapp"
+    ),
+    "network": (
+        "socket ssl http urllib ftplib smtplib imaplib poplib socketserver xmlrpc email mailbox ipaddress "
+        "wsgiref webbrowser selectors base64 quopri mimetypes netrc uuid secrets hmac"
+    ),
+    "concurrency": (
+        "asyncio threading _threading_local multiprocessing concurrent subprocess queue sched contextlib signal"
+    ),
+    "testing": (
+        "unittest doctest pdb bdb cProfile profile pstats trace timeit tracemalloc logging warnings traceback "
+        "faulthandler"
+    ),
+    "language": (
+        "ast tokenize inspect dis importlib pkgutil runpy typing types symtable code codeop compileall "
+        "py_compile opcode modulefinder pickletools keyword tabnanny pyclbr pydoc abc functools dataclasses "
+        "enum"
+    ),
     "interfaces": "tkinter turtle curses cmd argparse optparse getopt getpass idlelib",
 }
 LABELS = tuple(SUBJECTS)

@@ -60,15 +60,15 @@ def load(name: str, *, split: str, root: str | os.PathLike[str] | None = None, *
             training split.
 
     Returns:
-        A data set of samples whose image is float32 [3, H, W] in 0..1, or of texts. It has ``name``, ``labels`` (class names in
-        order), ``augmentation`` (what suits it in training: ``shift``, ``shift_flip`` or None) and ``task``, which
-        says what a sample is. ``classify``: ``(image, label)``, the label an int; the labels of all samples are in
-        ``targets`` (int64 [N]). ``segment``: ``(image, mask)``, the mask int64 [H, W] with 255 for void.
-        ``detect``: ``(image, {"boxes", "labels"})``, float32 [K, 4] as x1, y1, x2, y2 in pixels, and int64 [K].
-        ``text``: ``(ids, label)``, the ids of the text's words int64 [L], as places in ``vocabulary``; the texts
-        themselves are in ``texts``, the labels in ``targets``.
-        Those made from digits also have ``groups`` (int64 [N]: images of different groups share no scan, but for the
-        fragments in hard_digits).
+        A data set of samples whose image is float32 [3, H, W] in 0..1, or of texts. It has ``name``, ``labels``
+        (class names in order), ``augmentation`` (what suits it in training: ``shift``, ``shift_flip`` or None)
+        and ``task``, which says what a sample is. ``classify``: ``(image, label)``, the label an int; the
+        labels of all samples are in ``targets`` (int64 [N]). ``segment``: ``(image, mask)``, the mask int64 [H,
+        W] with 255 for void. ``detect``: ``(image, {"boxes", "labels"})``, float32 [K, 4] as x1, y1, x2, y2 in
+        pixels, and int64 [K]. ``text``: ``(ids, label)``, the ids of the text's words int64 [L], as places in
+        ``vocabulary``; the texts themselves are in ``texts``, the labels in ``targets``. Those made from digits
+        also have ``groups`` (int64 [N]: images of different groups share no scan, but for the fragments in
+        hard_digits).
 
     Raises:
         CompanionError: no such data set, split or option, or data that is missing or unusable.

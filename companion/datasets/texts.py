@@ -22,7 +22,12 @@ class Texts(Dataset[tuple[Tensor, int]]):
     augmentation = None
 
     def __init__(
-        self, name: str, texts: Sequence[str], targets: Sequence[int], labels: tuple[str, ...], vocabulary: Sequence[str]
+        self,
+        name: str,
+        texts: Sequence[str],
+        targets: Sequence[int],
+        labels: tuple[str, ...],
+        vocabulary: Sequence[str],
     ) -> None:
         """
         Args:

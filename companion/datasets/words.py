@@ -17,7 +17,8 @@ RESERVED = ("<padding>", "<unknown>")
 """What a vocabulary begins with; no word is written so."""
 
 # Kana and ideographs, which stand without spaces between words: each is one word.
-_CJK = "\u3041-\u3096\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+_KANA = "\u3041-\u3096\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff"
+_CJK = _KANA + "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 # Combining diacritics stay with their letter where Unicode has no single character for both.
 _WORD = re.compile(rf"[{_CJK}]|[^\W_{_CJK}](?:[^\W_{_CJK}]|[\u0300-\u036f])*")
 # Normalising takes time that is quadratic in the length of a run of combining marks, so no piece may be long.
@@ -45,7 +46,7 @@ def _words(text: str) -> Iterator[str]:
 
 
 def build_vocabulary(texts: Iterable[str], size: int = 10_000) -> tuple[str, ...]:
-    """The most frequent words of ``texts`` in the order of their ids, after `RESERVED`; equal counts go by the alphabet.
+    """The most frequent words of ``texts`` in the order of their ids, after `RESERVED`; of equal counts by alphabet.
 
     Args:
         texts: to train on; words that only others have are unknown.

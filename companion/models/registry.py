@@ -88,7 +88,7 @@ _NETWORKS = {
     # 2.4.2 prints a table of 10,000 words and four classes.
     "text_classifier": _Network(
         text.TextClassifier,
-        {"vocabulary_size": 10_000, "embedding": 64, "hidden": 64, "classes": 4, "word_dropout": 0.3},
+        {"vocabulary_size": 10_000, "embedding": 64, "hidden": 64, "classes": 4, "word_dropout": 0.5},
         task="text",
         image_size=None,
     ),
@@ -208,7 +208,7 @@ def create(
         configuration: the network's own settings. All take ``classes`` (10; of ``resnet18`` and ``resnet50`` 1000, of
             the networks that segment 11, of YOLOv5 80, of ``yolov5_tiny`` 10), and all but YOLOv5 ``mean`` and ``std``
             (three numbers each, of CIFAR-10 or ImageNet). ``text_classifier`` takes neither of these two, has 4 classes
-            and takes ``vocabulary_size`` (10,000), ``embedding`` and ``hidden`` (64 each) and ``word_dropout`` (0.3),
+            and takes ``vocabulary_size`` (10,000), ``embedding`` and ``hidden`` (64 each) and ``word_dropout`` (0.5),
             the share of the words left out in training. YOLOv5 takes ``depth_multiple`` and ``width_multiple``
             (shares of the large one's) and ``anchors`` (pixels, for each of three scales pairs of width and height).
             The residual networks take ``width``, the channels of their first stage (16 for 14, 20 and 56 layers, else
@@ -216,9 +216,10 @@ def create(
             (32, 64, 128)), ``hidden`` (128 and 256) and ``image_size`` (32).
 
     Returns:
-        The network, in training mode. `describe` tells what it is. Every image network takes float
-        images [N, 3, H, W] in 0..1 and returns scores (logits): [N, classes], or to segment [N, classes, H, W];
-        normalisation is inside. ``text_classifier`` takes word ids int64 [N, L], padded with 0. YOLOv5 detects: see `companion.models.yolov5.YOLOv5` for what it returns.
+        The network, in training mode. `describe` tells what it is. Every image network takes float images [N,
+        3, H, W] in 0..1 and returns scores (logits): [N, classes], or to segment [N, classes, H, W];
+        normalisation is inside. ``text_classifier`` takes word ids int64 [N, L], padded with 0. YOLOv5 detects:
+        see `companion.models.yolov5.YOLOv5` for what it returns.
 
     Raises:
         CompanionError: no such network, an argument that it does not take, or a vocabulary that does not fit.

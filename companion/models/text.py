@@ -27,9 +27,7 @@ class TextClassifier(nn.Module):
     logits [N, classes]. In training each word is left out with the probability ``word_dropout``.
     """
 
-    def __init__(
-        self, *, vocabulary_size: int, embedding: int, hidden: int, classes: int, word_dropout: float
-    ) -> None:
+    def __init__(self, *, vocabulary_size: int, embedding: int, hidden: int, classes: int, word_dropout: float) -> None:
         super().__init__()
         self.word_dropout = word_dropout
         self.embedding = nn.Embedding(vocabulary_size, embedding, padding_idx=PADDING)

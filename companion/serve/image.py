@@ -1,7 +1,6 @@
 """A server that says what is in pictures (2.3.2, 2.3.3)."""
 
 import io
-import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -16,6 +15,7 @@ from companion.datasets.images import pixels
 from companion.engines import Engine
 from companion.engines.base import one_sentence
 from companion.errors import CompanionError
+from companion.serve.answers import most_likely
 from companion.serve.app import Answer, BadItem, Receive, Refused, Service, application, read_body
 from companion.serve.settings import Settings, settings_from
 
@@ -43,7 +43,6 @@ class Classifier:
         if height is None or height != width:
             raise CompanionError(f"this network takes {taken}, and its file names no square of pixels.")
         self.engine, self.size, self._max_pixels = engine, height, max_pixels
-        self._labels = engine.metadata.labels
 
     def __call__(self, files: Sequence[bytes]) -> list[Answer | Exception]:
         decoded = [self._decode(file) for file in files]
@@ -62,16 +61,7 @@ class Classifier:
         batch = images.transpose(0, 3, 1, 2).astype(np.float32, order=self.engine.order)
         batch /= 255
         scores = self.engine.run({self.engine.inputs[0].name: batch})[self.engine.outputs[0].name]
-        labels = self._labels or tuple(map(str, range(scores.shape[1])))
-        numbers = scores.argmax(1)
-        with np.errstate(invalid="ignore"):
-            # The softmax of the highest score alone: the others are needed for the sum only.
-            best = 1 / np.exp(scores - scores[np.arange(len(scores)), numbers, None]).sum(1)
-        return [
-            # A score that is no number is the highest to argmax, and makes the sum none either.
-            Answer(number, labels[number], share) if not math.isnan(share) else ValueError("the scores are no numbers")
-            for number, share in zip(numbers.tolist(), best.tolist(), strict=True)
-        ]
+        return most_likely(scores, self.engine.metadata.labels)
 
 
 def _replay(body: bytes) -> Receive:

@@ -16,16 +16,21 @@ from pydantic import SecretStr
 from companion.errors import CompanionError
 from companion.serve.image import image_app
 from companion.serve.settings import Settings, settings_from
+from companion.serve.text import text_app
 
-MODEL, ENGINE = "COMPANION_SERVE_FILE", "COMPANION_SERVE_ENGINE"  # no settings, but what is served
+APPS = {"image": image_app, "text": text_app}
+"""By what clients send."""
+# No settings, but what is served.
+KIND, MODEL, ENGINE = "COMPANION_SERVE_KIND", "COMPANION_SERVE_FILE", "COMPANION_SERVE_ENGINE"
 
 
 def create() -> FastAPI:
     """The application that the environment describes, for a server that starts its own workers."""
-    return image_app(os.environ[MODEL], engine=os.environ.get(ENGINE), settings=settings_from())
+    return APPS[os.environ[KIND]](os.environ[MODEL], engine=os.environ.get(ENGINE), settings=settings_from())
 
 
 def run(
+    kind: str,
     model: Path,
     *,
     engine: str | None,
@@ -38,6 +43,7 @@ def run(
     """Serve until SIGTERM or Ctrl-C, then answer what was accepted, within ``settings.grace`` seconds.
 
     Args:
+        kind: one of `APPS`.
         model, engine: as of `image_app`.
         host, port: where to listen; port 0 takes a free one.
         workers: processes.
@@ -50,7 +56,7 @@ def run(
     import uvicorn
     from uvicorn.supervisors import Multiprocess
 
-    app = image_app(model, engine=engine, settings=settings)  # so that what is wrong is said here, once
+    app = APPS[kind](model, engine=engine, settings=settings)  # so that what is wrong is said here, once
     options: dict[str, Any] = {
         "access_log": False,
         "log_level": "warning",
@@ -71,7 +77,7 @@ def run(
             announce(address)
             server.run(sockets=[listening])
             return
-        os.environ[MODEL] = str(model)
+        os.environ[KIND], os.environ[MODEL] = kind, str(model)
         os.environ.pop(ENGINE, None)
         if engine is not None:
             os.environ[ENGINE] = engine

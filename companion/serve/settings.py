@@ -31,6 +31,8 @@ class Settings(BaseSettings):
     """Images or texts in one request; above it 413."""
     max_pixels: Annotated[int, Field(ge=1)] = 32_000_000
     """Of an image; above it 400, before anything is decoded."""
+    max_words: Annotated[int, Field(ge=1)] = 4096
+    """Of a text; above it 400."""
     body_seconds: Annotated[float, Field(gt=0)] = 30.0
     """To send a request's body in; then 408."""
     grace: Annotated[float, Field(ge=1, le=3600)] = 30.0

@@ -104,7 +104,7 @@ def test_texts_that_are_made_to_be_slow_are_not():
 
 @pytest.mark.parametrize("size", [2, 0, -1, 2.5, True, None])
 def test_a_vocabulary_without_room_is_refused(size):
-    with pytest.raises(CompanionError, match="the vocabulary's size is .*: give a whole number above 2"):
+    with pytest.raises(CompanionError, match=r"the vocabulary's size is .*: give a whole number above 2"):
         build_vocabulary(["a"], size)
 
 
