@@ -173,3 +173,19 @@ def test_averaging_over_padding_makes_all_short_texts_alike():
     a, b = table[short].mean(0), table[other].mean(0)
     assert torch.cosine_similarity(a, b, dim=0) > 0.99
     assert torch.cosine_similarity(table[5], table[6], dim=0).abs() < 0.5
+
+
+def test_a_mean_over_padding_changes_labels_with_the_batch(model):
+    """As printed: what a text is said to be depends on the longest text that came at the same time."""
+
+    def printed(ids):
+        return model.fc2(model.relu(model.fc1(table[ids].mean(1)))).argmax(1)
+
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn(50, 64, generator=generator)
+    texts = torch.randint(1, 50, (100, 3), generator=generator).tolist()
+    long = torch.randint(1, 50, (50,), generator=generator).tolist()
+    alone = printed(padded(texts))
+    together = printed(padded([*texts, long]))[:-1]
+    assert (alone != together).any()
+    assert torch.equal(model(padded(texts)).argmax(1), model(padded([*texts, long]))[:-1].argmax(1))
