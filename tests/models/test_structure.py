@@ -119,7 +119,7 @@ def test_a_forged_padding_cannot_ask_for_any_memory(tmp_path):
     conv = CONV | {"in_channels": 3, "out_channels": 16, "padding": [1000, 1000]}
     metadata = {"companion-1": json.dumps(header(tmp_path / "net.safetensors") | {"layers": {"conv1": conv}})}
     save_file(load_file(tmp_path / "net.safetensors"), tmp_path / "net.safetensors", metadata)
-    with pytest.raises(CompanionError, match="more than 262,144 numbers for one image"):  # 16 · 16 · 32 · 32
+    with pytest.raises(CompanionError, match="more than 262,144 numbers for one sample"):  # 16 · 16 · 32 · 32
         models.load(tmp_path / "net.safetensors")
 
 
