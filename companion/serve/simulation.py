@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 from companion.errors import CompanionError
 from companion.serve.batching import BatchQueue, Entry, QueueFull
 
+LOOP, GENERATOR = 0, 1  # who does one thing at a time
+INSTANT = 1e-6  # seconds; the fastest of real clients take longer
+
 
 @dataclass(frozen=True)
 class Simulated:
@@ -29,8 +32,8 @@ class Simulated:
     """Requests that found the queue full."""
 
     def latency(self, percentile: float = 50.0) -> float:
-        """A percentile of the latencies in seconds."""
-        return float(np.percentile(self.latencies, percentile))
+        """A percentile of the latencies in seconds; not a number if there is none."""
+        return float(np.percentile(self.latencies, percentile)) if len(self.latencies) else math.nan
 
 
 def open_loop(rate: float, seconds: float, seed: int = 0) -> NDArray[np.float64]:
@@ -47,6 +50,9 @@ def simulate(
     rate: float | None = None,
     http: float = 0.0002,
     away: float = 0.0005,
+    generator: float = 0.0,
+    wake: float = 0.0,
+    shared: float = 0.0,
     policy: str = "idle",
     max_batch_size: int = 32,
     max_wait_ms: float = 2.0,
@@ -60,13 +66,18 @@ def simulate(
     ``rate``, the requests a second of many who know nothing of each other (an open loop, Poisson arrivals).
 
     Args:
-        cost: items in a call of the model → seconds it takes.
+        cost: items in a call of the model → seconds it takes, above 0; such as `CallCost.seconds`.
         clients: how many, from 1.
         rate: requests a second.
         http: seconds of the event loop for each request, half to read it and half to answer. The loop does one thing at
             a time, and the model runs beside it.
         away: seconds from an answer to the client's next request, for its own work and the network both ways. That is
             the average of 0.5 to 1.5 times as much: real clients are not in step.
+        generator: seconds that a load generator works for each request, half to send it and half to take the answer.
+            All clients share it, and it does one thing at a time; 0 for clients with machines of their own.
+        wake: seconds until the model's thread hears of a batch, and again until the loop hears of the answers.
+        shared: the share of the loop's work that a call of the model which runs meanwhile waits for, in 0..1: 1 where
+            both need the one lock of the interpreter.
         policy, max_batch_size, max_wait_ms, max_queue: as those of `Batcher`.
         seconds: of the made-up clock.
         seed: of the arrivals.
@@ -81,39 +92,53 @@ def simulate(
     for name, value in (("rate", rate), ("seconds", seconds)):
         if value is not None and not 0 < value < math.inf:
             raise CompanionError(f"{name} is {value!r}: give a finite number above 0.")
-    for name, value in (("http", http), ("away", away)):
+    for name, value in (("http", http), ("away", away), ("generator", generator), ("wake", wake)):
         if not 0 <= value < math.inf:
             raise CompanionError(f"{name} is {value!r}: give a finite number from 0.")
-    if clients is not None and http + away == 0 and clients > max_queue:
+    if not 0 <= shared <= 1:
+        raise CompanionError(f"shared is {shared!r}: give a share from 0 to 1.")
+    if not 0 < cost(1) < math.inf:
+        raise CompanionError(f"the model takes {cost(1)!r} s for one item: give a cost above 0.")
+    if clients is not None and http + away + generator < INSTANT and clients > max_queue:
         raise CompanionError("clients who are refused and ask again at once would never let time pass: give away.")
     queue = BatchQueue(max_batch_size=max_batch_size, max_wait=max_wait_ms / 1e3, max_queue=max_queue, policy=policy)
-    events: list[tuple[float, int, Callable[[float], float]]] = []
+    events: list[tuple[float, int, int, Callable[[float], float]]] = []
     order = count()
     latencies: list[float] = []
     sizes: list[int] = []
     rejected, warm = 0, seconds / 10
-    timer = -1  # the number of the look that counts: it replaces those before it
+    timer = 0  # the number of the look that counts: it replaces those before it
+    free, worked = [0.0, 0.0], 0.0  # when the loop and the generator have time again; seconds that the loop had none
 
-    def at(when: float, what: Callable[[float], float]) -> None:
-        """Have the loop do something from ``when`` on; it says when it is done with it."""
-        heapq.heappush(events, (when, next(order), what))
+    def at(when: float, what: Callable[[float], float], who: int = LOOP) -> None:
+        """Have the loop or the generator do something from ``when`` on; it says when it is done with it."""
+        heapq.heappush(events, (when, next(order), who, what))
 
-    def send(when: float) -> None:
-        at(when, lambda now: receive(when, now + http / 2))
+    def ask(due: float | None, now: float) -> float:
+        sent = now + generator / 2
+        at(sent, partial(receive, now if due is None else due))
+        return sent
 
-    def receive(sent: float, now: float) -> float:
+    def receive(due: float, now: float) -> float:
         nonlocal rejected
+        now += http / 2
         try:
-            queue.add([sent], now)
+            queue.add([due], now)
         except QueueFull:
             rejected += now >= warm
-            return answer(sent, now, counts=False)
-        wake(now)
+            at(now, partial(reply, due, False))
+        else:
+            look_if_free(now)
         return now
 
-    def wake(now: float) -> None:
+    def look_if_free(now: float) -> None:
         if not queue.busy:
             look_at(now)
+
+    def look_at(when: float) -> None:
+        nonlocal timer
+        timer += 1
+        at(when, partial(look, timer))
 
     def look(number: int, now: float) -> float:
         if number != timer:
@@ -122,39 +147,42 @@ def simulate(
         if isinstance(found, list):
             sizes.append(len(found))
             seconds = cost(len(found))
-            at(now + seconds, lambda then: finish(found, seconds, then))
+            at(now + wake + seconds + wake, partial(finish, found, seconds, worked))
         elif found is not None:
             look_at(found)
         return now
 
-    def look_at(when: float) -> None:
-        nonlocal timer
-        timer = next(order)
-        what: Callable[[float], float] = partial(look, timer)
-        heapq.heappush(events, (when, timer, what))
-
-    def finish(batch: list[Entry], seconds: float, now: float) -> float:
+    def finish(batch: list[Entry], seconds: float, before: float, now: float) -> float:
+        if (meanwhile := shared * (worked - before)) > 0:
+            at(now + meanwhile, partial(finish, batch, seconds + meanwhile, worked))
+            return now
         queue.finish(now, seconds)
         for entry in batch:
-            at(now, partial(reply, entry.item))
-        wake(now)
+            at(now, partial(reply, entry.item, True))
+        look_if_free(now)
         return now
 
-    def reply(sent: float, now: float) -> float:
-        return answer(sent, now + http / 2)
+    def reply(due: float, right: bool, now: float) -> float:
+        at(now + http / 2, partial(answer, due, right), GENERATOR)
+        return now + http / 2
 
-    def answer(sent: float, now: float, counts: bool = True) -> float:
-        if counts and now >= warm:
-            latencies.append(now - sent)
+    def answer(due: float, right: bool, now: float) -> float:
+        now += generator / 2
+        if right and now >= warm:
+            latencies.append(now - due)
         if clients is not None:
-            send(now + away * random.uniform(0.5, 1.5))
+            at(now + away * random.uniform(0.5, 1.5), partial(ask, None), GENERATOR)
         return now
 
     random = np.random.default_rng(seed)
-    for start in (np.zeros(clients or 0) if rate is None else open_loop(rate, seconds, seed)).tolist():
-        send(start)
-    free = 0.0  # when the loop is
-    while events and max(events[0][0], free) < seconds:
-        when, _, what = heapq.heappop(events)
-        free = what(max(when, free))
+    starts: list[float | None] = (
+        [None] * clients if clients is not None else open_loop(rate or 0, seconds, seed).tolist()
+    )
+    for start in starts:
+        at(start or 0.0, partial(ask, start), GENERATOR)
+    while events:
+        when, _, who, what = heapq.heappop(events)
+        if (began := max(when, free[who])) < seconds:
+            free[who] = what(began)
+            worked += free[who] - began if who == LOOP else 0.0
     return Simulated(len(latencies) / (seconds - warm), np.array(latencies), np.array(sizes), rejected)
