@@ -5,12 +5,15 @@ so that what they lack is the batcher and nothing else.
 """
 
 import asyncio
+import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+import urllib.request
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,17 +63,21 @@ def plain_app(handler: Handler, classify: Answers) -> Callable[..., Awaitable[No
     return app
 
 
+def classifier(model: str | Path) -> Answers:
+    """Image files → answers, as our server has it; on one thread."""
+    from companion import engines
+    from companion.serve.image import Classifier
+
+    return Classifier(engines.load(model, engines.suited(model), threads=1), max_pixels=10**6)
+
+
 def main(name: str, model: str) -> None:
     """Serve on a free port of this machine until SIGTERM, and say at which address."""
     import socket
 
     import uvicorn
 
-    from companion import engines
-    from companion.serve.image import Classifier
-
-    classify = Classifier(engines.load(model, engines.suited(model), threads=1), max_pixels=10**6)
-    app = plain_app(HANDLERS[name], classify)
+    app = plain_app(HANDLERS[name], classifier(model))
     with socket.create_server(("127.0.0.1", 0), backlog=2048) as listening:
         print(f"{model} at http://127.0.0.1:{listening.getsockname()[1]}/predict", flush=True)
         uvicorn.Server(uvicorn.Config(app, lifespan="off", access_log=False, log_level="warning")).run([listening])
@@ -84,19 +91,23 @@ class Running:
     process: "subprocess.Popen[str]"
 
     def cpu(self) -> float:
-        """Seconds of processor time that it has had so far; Linux only, not a number elsewhere."""
-        try:
-            fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            return float("nan")
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        """Seconds of processor time that all its threads have had; not a number where Linux does not say."""
+        return _seconds(Path(f"/proc/{self.process.pid}/task").glob("*/schedstat"))
 
     def loop(self) -> float:
-        """Seconds of processor time of its first thread, which runs the event loop; as `cpu`."""
-        try:
-            return int(Path(f"/proc/{self.process.pid}/schedstat").read_text().split()[0]) / 1e9
-        except OSError:
-            return float("nan")
+        """As `cpu`, of its first thread alone, which runs the event loop."""
+        return _seconds(Path(f"/proc/{self.process.pid}/task/{self.process.pid}").glob("schedstat"))
+
+    def metric(self, name: str) -> float:
+        """What it has counted so far under ``companion_NAME``, the sum of all labels."""
+        with urllib.request.urlopen(self.url.removesuffix("/predict") + "/metrics", timeout=PATIENCE) as answer:
+            lines = answer.read().decode().splitlines()
+        return sum(float(line.split()[-1]) for line in lines if re.match(rf"companion_{name}[ {{]", line))
+
+
+def _seconds(files: Iterable[Path]) -> float:
+    spent = [int(file.read_text().split()[0]) for file in files]
+    return sum(spent) / 1e9 if spent else math.nan
 
 
 @contextmanager
@@ -113,8 +124,7 @@ def running(*command: str) -> Iterator[Running]:
             env=os.environ | {"OMP_NUM_THREADS": "1"},
         )  # fmt: skip
         try:
-            assert process.stdout is not None
-            line = process.stdout.readline()
+            line = process.stdout.readline() if process.stdout is not None else ""
             if " at http://" not in line:
                 process.wait(PATIENCE)
                 said.seek(0)
@@ -128,15 +138,16 @@ def running(*command: str) -> Iterator[Running]:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-            process.stdout.close()
+            if process.stdout is not None:
+                process.stdout.close()
 
 
-def plain(handler: str, model: Path) -> Any:
+def plain(handler: str, model: Path) -> AbstractContextManager[Running]:
     """A plain server, `running`."""
     return running("companion.bench.servers", handler, str(model))
 
 
-def batching(model: Path, *options: str) -> Any:
+def batching(model: Path, *options: str) -> AbstractContextManager[Running]:
     """``companion serve image`` with these options, `running`."""
     return running("companion", "serve", "image", "--model", str(model), "--port", "0", *options)
 
