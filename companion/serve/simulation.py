@@ -12,9 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from companion.errors import CompanionError
-from companion.serve.batching import BatchQueue, Entry, QueueFull
+from companion.serve.batching import TICK, BatchQueue, Entry, QueueFull
 
-LOOP, GENERATOR = 0, 1  # who does one thing at a time
 INSTANT = 1e-6  # seconds; the fastest of real clients take longer
 
 
@@ -69,8 +68,8 @@ def simulate(
         cost: items in a call of the model → seconds it takes, above 0; such as `CallCost.seconds`.
         clients: how many, from 1.
         rate: requests a second.
-        http: seconds of the event loop for each request, half to read it and half to answer. The loop does one thing at
-            a time, and the model runs beside it.
+        http: seconds of the event loop for each request: a quarter to read it, a quarter to queue it a turn later, and
+            half to answer. The loop does one thing at a time, and the model runs beside it.
         away: seconds from an answer to the client's next request, for its own work and the network both ways. That is
             the average of 0.5 to 1.5 times as much: real clients are not in step.
         generator: seconds that a load generator works for each request, half to send it and half to take the answer.
@@ -102,87 +101,122 @@ def simulate(
     if clients is not None and http + away + generator < INSTANT and clients > max_queue:
         raise CompanionError("clients who are refused and ask again at once would never let time pass: give away.")
     queue = BatchQueue(max_batch_size=max_batch_size, max_wait=max_wait_ms / 1e3, max_queue=max_queue, policy=policy)
-    events: list[tuple[float, int, int, Callable[[float], float]]] = []
+    events: list[tuple[float, int, Callable[[float], None]]] = []
     order = count()
     latencies: list[float] = []
     sizes: list[int] = []
     rejected, warm = 0, seconds / 10
-    timer = 0  # the number of the look that counts: it replaces those before it
-    free, worked = [0.0, 0.0], 0.0  # when the loop and the generator have time again; seconds that the loop had none
+    # The event loop does what is ready, then reads what has come meanwhile, which makes more ready: that is a turn.
+    ready: list[Callable[[float], float]] = []
+    inbox: list[Callable[[float], float]] = []
+    asleep, looks, timer = True, False, 0
+    worked = 0.0  # seconds of the loop
+    generator_free = 0.0
 
-    def at(when: float, what: Callable[[float], float], who: int = LOOP) -> None:
-        """Have the loop or the generator do something from ``when`` on; it says when it is done with it."""
-        heapq.heappush(events, (when, next(order), who, what))
+    def at(when: float, what: Callable[[float], None]) -> None:
+        heapq.heappush(events, (when, next(order), what))
 
-    def ask(due: float | None, now: float) -> float:
-        sent = now + generator / 2
-        at(sent, partial(receive, now if due is None else due))
-        return sent
+    def arrive(what: Callable[[float], float], now: float) -> None:
+        """Something that the loop reads when it has time."""
+        nonlocal asleep
+        inbox.append(what)
+        if asleep:
+            asleep = False
+            at(now, partial(work, inbox, True))
 
-    def receive(due: float, now: float) -> float:
+    def work(todo: list[Callable[[float], float]], reads: bool, began: float) -> None:
+        nonlocal asleep, worked
+        now, doing = began, todo.copy()
+        todo.clear()
+        for what in doing:
+            now = what(now)
+        worked += now - began
+        asleep = reads and not ready
+        if not asleep:
+            at(now, partial(work, ready if reads else inbox, not reads))
+
+    def generate(what: Callable[[float], None], now: float) -> None:
+        """The load generator does one thing after the other, half a request each."""
+        nonlocal generator_free
+        generator_free = max(now, generator_free) + generator / 2
+        what(generator_free)
+
+    def ask(due: float | None, now: float) -> None:
+        began = now - generator / 2
+        at(now, partial(arrive, partial(read, began if due is None else due)))
+
+    def read(due: float, now: float) -> float:
+        ready.append(partial(add, due))
+        return now + http / 4
+
+    def add(due: float, now: float) -> float:
         nonlocal rejected
-        now += http / 2
+        now += http / 4
         try:
             queue.add([due], now)
         except QueueFull:
             rejected += now >= warm
-            at(now, partial(reply, due, False))
+            ready.append(partial(reply, due, False))
         else:
-            look_if_free(now)
+            wake_up(now)
         return now
 
-    def look_if_free(now: float) -> None:
-        if not queue.busy:
-            look_at(now)
+    def wake_up(now: float) -> float:
+        nonlocal looks, timer
+        timer += 1  # so that one that was set is for nobody
+        if not looks and not queue.busy:
+            looks = True
+            ready.append(look)
+        return now
 
-    def look_at(when: float) -> None:
-        nonlocal timer
-        timer += 1
-        at(when, partial(look, timer))
-
-    def look(number: int, now: float) -> float:
-        if number != timer:
-            return now
+    def look(now: float) -> float:
+        nonlocal looks
+        looks = False
         found = queue.look(now)
         if isinstance(found, list):
             sizes.append(len(found))
-            seconds = cost(len(found))
-            at(now + wake + seconds + wake, partial(finish, found, seconds, worked))
+            taken = cost(len(found))
+            at(now + wake + taken + wake, partial(end, found, taken, worked))
+        elif found == now:
+            wake_up(now)
         elif found is not None:
-            look_at(found)
+            at(max(found, now + TICK), partial(arrive, partial(ring, timer)))
         return now
 
-    def finish(batch: list[Entry], seconds: float, before: float, now: float) -> float:
+    def ring(number: int, now: float) -> float:
+        return wake_up(now) if number == timer else now
+
+    def end(batch: list[Entry], taken: float, before: float, now: float) -> None:
         if (meanwhile := shared * (worked - before)) > 0:
-            at(now + meanwhile, partial(finish, batch, seconds + meanwhile, worked))
-            return now
-        queue.finish(now, seconds)
-        for entry in batch:
-            at(now, partial(reply, entry.item, True))
-        look_if_free(now)
+            at(now + meanwhile, partial(end, batch, taken + meanwhile, worked))
+        else:
+            arrive(partial(hear, batch, taken), now)
+
+    def hear(batch: list[Entry], taken: float, now: float) -> float:
+        ready.append(partial(finish, batch, taken))
         return now
+
+    def finish(batch: list[Entry], taken: float, now: float) -> float:
+        queue.finish(now, taken)
+        ready.extend(partial(reply, entry.item, True) for entry in batch)
+        return wake_up(now)
 
     def reply(due: float, right: bool, now: float) -> float:
-        at(now + http / 2, partial(answer, due, right), GENERATOR)
-        return now + http / 2
-
-    def answer(due: float, right: bool, now: float) -> float:
-        now += generator / 2
-        if right and now >= warm:
-            latencies.append(now - due)
-        if clients is not None:
-            at(now + away * random.uniform(0.5, 1.5), partial(ask, None), GENERATOR)
+        now += http / 2
+        at(now, partial(generate, partial(answer, due, right)))
         return now
 
+    def answer(due: float, right: bool, now: float) -> None:
+        if right and warm <= now < seconds:
+            latencies.append(now - due)
+        if clients is not None:
+            at(now + away * random.uniform(0.5, 1.5), partial(generate, partial(ask, None)))
+
     random = np.random.default_rng(seed)
-    starts: list[float | None] = (
-        [None] * clients if clients is not None else open_loop(rate or 0, seconds, seed).tolist()
-    )
+    starts = [None] * (clients or 0) if rate is None else open_loop(rate, seconds, seed).tolist()
     for start in starts:
-        at(start or 0.0, partial(ask, start), GENERATOR)
-    while events:
-        when, _, who, what = heapq.heappop(events)
-        if (began := max(when, free[who])) < seconds:
-            free[who] = what(began)
-            worked += free[who] - began if who == LOOP else 0.0
+        at(start or 0.0, partial(generate, partial(ask, start)))
+    while events and events[0][0] < seconds:
+        when, _, what = heapq.heappop(events)
+        what(when)
     return Simulated(len(latencies) / (seconds - warm), np.array(latencies), np.array(sizes), rejected)
