@@ -129,8 +129,8 @@ def simulate(
         now, doing = began, todo.copy()
         todo.clear()
         for what in doing:
-            now = what(now)
-        worked += now - began
+            before, now = now, what(now)
+            worked += now - before
         asleep = reads and not ready
         if not asleep:
             at(now, partial(work, ready if reads else inbox, not reads))
@@ -213,9 +213,13 @@ def simulate(
             at(now + away * random.uniform(0.5, 1.5), partial(generate, partial(ask, None)))
 
     random = np.random.default_rng(seed)
-    starts = [None] * (clients or 0) if rate is None else open_loop(rate, seconds, seed).tolist()
-    for start in starts:
-        at(start or 0.0, partial(generate, partial(ask, start)))
+    if clients is None:
+        for arrival in open_loop(rate or 0.0, seconds, seed).tolist():
+            at(arrival, partial(generate, partial(ask, arrival)))
+    else:
+        # One after the other: were they in step from the start, nothing might ever bring them out of it.
+        for start in random.uniform(0, clients * (http + cost(1)), clients).tolist():
+            at(start, partial(generate, partial(ask, None)))
     while events and events[0][0] < seconds:
         when, _, what = heapq.heappop(events)
         what(when)
