@@ -12,8 +12,9 @@ import subprocess
 import sys
 import tempfile
 import urllib.request
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,14 @@ def running(*command: str) -> Iterator[Running]:
                 process.wait()
             if process.stdout is not None:
                 process.stdout.close()
+
+
+@contextmanager
+def together(starts: Mapping[str, AbstractContextManager[Running]]) -> Iterator[dict[str, Running]]:
+    """All of them at once, as each takes a while to load its libraries."""
+    with ExitStack() as stack, ThreadPoolExecutor(len(starts)) as pool:
+        running = pool.map(stack.enter_context, starts.values())
+        yield dict(zip(starts, running, strict=True))
 
 
 def plain(handler: str, model: Path) -> AbstractContextManager[Running]:

@@ -32,6 +32,8 @@ SECONDS = 3.0  # of each server in each round
 PLAIN = ("blank", "synchronous", "threads")
 POLICIES = (("idle", 2), ("hold", 2), ("hold", 100), ("fixed", 2), ("fixed", 10), ("fixed", 100))  # and the wait in ms
 
+TOLD = "what the simulation is told"
+
 
 def pictures(number: int = IMAGES, side: int = SIDE) -> list[bytes]:
     """PNG files of random pixels."""
@@ -109,7 +111,7 @@ def _told_row(known: Told, connections: int) -> Row:
     values: dict[str, Value] = {f"{name} in ms": round(1e3 * value, 4) for name, value in times.items()}
     values |= {"shared": round(known.shared, 2)}
     values |= {f"call of {size} in ms": round(1e3 * seconds, 3) for size, seconds in known.costs.items()}
-    return Row({"server": "what the simulation is told", "connections": connections}, values)
+    return Row({"server": TOLD, "connections": connections}, values)
 
 
 def _measure(connections: int) -> list[Row]:
@@ -124,7 +126,7 @@ def _measure(connections: int) -> list[Row]:
         starts = {name: servers.plain(name, model) for name in PLAIN}
         for name, (policy, wait) in policies.items():
             starts[name] = servers.batching(model, "--policy", policy, "--max-wait-ms", str(wait))
-        there = {name: stack.enter_context(start) for name, start in starts.items()}
+        there = stack.enter_context(servers.together(starts))
         checked = alone(there["synchronous"].url, anything)
 
         def put(name: str, connections: int) -> _Seen:

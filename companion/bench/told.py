@@ -78,7 +78,7 @@ def hand_over() -> float:
     return max(0.0, asyncio.run(measure()) / 2)  # there and back
 
 
-def shared(predict: Callable[[list[bytes]], Sequence[Any]], images: Sequence[bytes]) -> float:
+def shared(predict: Callable[[list[Any]], Sequence[Any]], images: Sequence[Any], *, calls: int = CALLS) -> float:
     """The share of Python's work in one thread that a call of the model in another waits for, in 0..1.
 
     Calls with and without a burst of such work beside them take turns; the medians are compared.
@@ -89,7 +89,7 @@ def shared(predict: Callable[[list[bytes]], Sequence[Any]], images: Sequence[byt
 
     async def measure() -> None:
         async with Batcher(predict, on_batch=lambda report: seconds.append(report.seconds)) as batcher:
-            for number in range(CALLS):
+            for number in range(calls):
                 answers = batcher.enqueue(images)
                 for _ in range(4):  # the batch begins after two turns of the loop
                     await asyncio.sleep(0)
