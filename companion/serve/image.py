@@ -3,7 +3,9 @@
 import io
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,8 @@ from companion.engines import Engine
 from companion.engines.base import one_sentence
 from companion.errors import CompanionError
 from companion.serve.app import Answer, BadItem, Receive, Refused, Service, application, read_body
+from companion.serve.counted import Counted
+from companion.serve.models import Model
 from companion.serve.settings import Settings, settings_from
 
 TYPES = ("image/png", "image/jpeg", "image/webp", "image/bmp", "image/gif")
@@ -43,7 +47,7 @@ class Classifier:
         if height is None or height != width:
             raise CompanionError(f"this network takes {taken}, and its file names no square of pixels.")
         self.engine, self.size, self._max_pixels = engine, height, max_pixels
-        self._labels = engine.metadata.labels
+        self.labels = engine.metadata.labels
 
     def __call__(self, files: Sequence[bytes]) -> list[Answer | Exception]:
         decoded = [self._decode(file) for file in files]
@@ -62,7 +66,7 @@ class Classifier:
         batch = images.transpose(0, 3, 1, 2).astype(np.float32, order=self.engine.order)
         batch /= 255
         scores = self.engine.run({self.engine.inputs[0].name: batch})[self.engine.outputs[0].name]
-        labels = self._labels or tuple(map(str, range(scores.shape[1])))
+        labels = self.labels or tuple(map(str, range(scores.shape[1])))
         numbers = scores.argmax(1)
         with np.errstate(invalid="ignore"):
             # The softmax of the highest score alone: the others are needed for the sum only.
@@ -83,6 +87,15 @@ def _replay(body: bytes) -> Receive:
     return receive
 
 
+def _load(path: Path, engine: str | None, settings: Settings) -> Model:
+    opened = engines.load(path, engine or engines.suited(path), threads=settings.threads)
+    try:
+        return _model(opened, settings, ours=True)
+    except BaseException:
+        opened.close()
+        raise
+
+
 def _gray(size: int) -> bytes:
     """A picture to warm up with."""
     from PIL import Image
@@ -92,31 +105,48 @@ def _gray(size: int) -> bytes:
     return file.getvalue()
 
 
-def image_app(
-    model: str | os.PathLike[str] | Engine, *, engine: str | None = None, settings: Settings | None = None
-) -> FastAPI:
-    """A server for a network that classifies images.
-
-    Args:
-        model: a ``.safetensors`` or ``.onnx`` file, or an engine that is open already.
-        engine: what runs the file: one of `companion.engines.available`; if not given, ``torch_fused`` for
-            ``.safetensors`` and ``onnxruntime`` for ``.onnx``.
-        settings: limits and policies; if not given, from the environment.
-
-    Raises:
-        CompanionError: the file cannot be loaded, or its network does not classify images.
+def _model(engine: Engine, settings: Settings, *, ours: bool) -> Model:
     """
-    settings = settings or settings_from()
-    ours = not isinstance(model, Engine)
-    if not isinstance(model, Engine):
-        model = engines.load(model, engine or engines.suited(model), threads=settings.threads)
-    classifier = Classifier(model, max_pixels=settings.max_pixels)
+    Raises:
+        CompanionError: the network does not classify images, or fails on one.
+    """
+    classifier = Classifier(engine, max_pixels=settings.max_pixels)
     example = _gray(classifier.size)
     with one_sentence("the network cannot classify an image"):
         (answer,) = classifier([example])
         if isinstance(answer, Exception):
             raise answer
-    service = Service(classifier, example, settings, release=model.close if ours else None)
+    takes = f"images of {classifier.size}×{classifier.size}"
+    return Model(classifier, example, takes, classifier.labels, engine.close if ours else None)
+
+
+def image_app(
+    model: str | os.PathLike[str] | Engine | Mapping[str, str | os.PathLike[str] | Engine],
+    *,
+    engine: str | None = None,
+    settings: Settings | None = None,
+) -> FastAPI:
+    """A server for networks that classify images.
+
+    Args:
+        model: a ``.safetensors`` or ``.onnx`` file, or an engine that is open already; or several by name, of which
+            the first answers at ``/predict`` and each at ``/predict/NAME``.
+        engine: what runs the files: one of `companion.engines.available`; if not given, ``torch_fused`` for
+            ``.safetensors`` and ``onnxruntime`` for ``.onnx``.
+        settings: limits and policies; if not given, from the environment.
+
+    Raises:
+        CompanionError: a file cannot be loaded, or its network does not classify images.
+    """
+    settings = settings or settings_from()
+    counted = Counted()
+    services = []
+    for name, source in (model if isinstance(model, Mapping) else {"model": model}).items():
+        if isinstance(source, Engine):
+            services.append(Service(_model(source, settings, ours=False), settings, name=name, counted=counted))
+        else:
+            load = partial(_load, Path(source), engine, settings)
+            services.append(Service.of_file(Path(source), load, settings, name=name, counted=counted))
 
     async def files(request: Request) -> list[bytes]:
         """Those of a form; any field may hold them."""
@@ -127,8 +157,10 @@ def image_app(
         try:
             form = await Request(request.scope, _replay(body)).form(max_files=settings.max_items)
         except HTTPException as error:
-            status = 413 if "Too many" in error.detail else 422
-            raise Refused(status, f"the form cannot be read: {error.detail.rstrip('.').lower()}.") from error
+            said = f"the form cannot be read: {error.detail.rstrip('.').lower()}."
+            if "Too many" in error.detail:
+                raise Refused(413, said, cause="too_many_items") from error
+            raise Refused(422, said) from error
         try:
             found = [await value.read() for _, value in form.multi_items() if isinstance(value, UploadFile)]
         finally:
@@ -141,7 +173,7 @@ def image_app(
     many = {"type": "array", "items": {"type": "string", "format": "binary"}}
     form = {"schema": {"type": "object", "required": ["files"], "properties": {"files": many}}}
     return application(
-        service,
+        services,
         files,
         title="companion: images",
         description="What is in a picture. One image as the body is the fast form; several go as a form.",

@@ -93,7 +93,7 @@ def test_two_workers_on_one_port_count_together(weights, call):
         assert (code, found["failures"]) == (0, {})
         with urllib.request.urlopen(f"{url}/metrics") as answer:
             text = answer.read().decode()
-        counted = float(re.search(r'(?m)^companion_requests_total\{status="200"\} (\S+)$', text).group(1))
+        counted = float(re.search(r'(?m)^companion_requests_total\{model="m",status="200"\} (\S+)$', text).group(1))
         assert counted == found["answers"] + 64  # each image was sent alone first
         code, out, err = call("load", f"{url}/predict", "--token", "wrong")
         assert (code, err) == (1, f"companion: {url}/predict has no predictions for request 0: it answered 401.\n")
@@ -104,7 +104,7 @@ def test_two_workers_on_one_port_count_together(weights, call):
 def test_wrong_calls(weights, call, tmp_path):
     (tmp_path / "a.onnx").write_bytes(b"x")
     for arguments, said in (
-        (["serve", "text", "--model", weights], "there is no server for 'text'"),
+        (["serve", "sound", "--model", weights], "there is no server for 'sound'"),
         (["serve", "image", "--model", tmp_path / "none.onnx"], "there is no file"),
         (["serve", "image", "--model", tmp_path / "a.onnx"], "is not an ONNX file or is damaged"),
         (["serve", "image", "--model", weights, "--policy", "eager"], "policy is 'eager': Input should be 'idle'"),

@@ -1,8 +1,8 @@
 """What the tests of the servers share: a server on a real port, and pictures."""
 
 import io
+import socket
 import threading
-import time
 from contextlib import contextmanager
 
 import numpy as np
@@ -10,20 +10,23 @@ import numpy as np
 
 @contextmanager
 def serving(app, **options):
-    """The address of ``app``, served by uvicorn in a thread."""
-    import uvicorn
+    """The address of ``app``, served in a thread, with these settings of connections."""
+    from companion.serve.process import Server, bound
+    from companion.serve.settings import Settings
 
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", access_log=False, **options))
-    thread = threading.Thread(target=server.run)
+    started = threading.Event()
+    server = Server(app, Settings(**options), started.set)
+    listening = bound(socket.AF_INET, ("127.0.0.1", 0), together=False)
+    listening.listen(2048)
+    address = f"http://127.0.0.1:{listening.getsockname()[1]}"
+    thread = threading.Thread(target=server.run, args=([listening],))
     thread.start()
     try:
-        while not server.started:
-            assert thread.is_alive()
-            time.sleep(0.01)
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+        assert started.wait(60)
+        yield address
     finally:
-        server.should_exit = True
-        thread.join(20)
+        server.end()
+        thread.join(60)
     assert not thread.is_alive()
 
 

@@ -221,7 +221,7 @@ def test_clients_that_hang_up_in_the_queue_are_not_run():
         until(lambda: len(app.state.service.batcher.queue) == 50)
         for connection in gone:
             connection.close()
-        until(lambda: 'companion_requests_total{status="499"} 50.0' in httpx.get(f"{url}/metrics").text)
+        until(lambda: 'companion_requests_total{model="model",status="499"} 50.0' in httpx.get(f"{url}/metrics").text)
         engine.gate.set()
         first.join(10)
         assert post(url, red(2)).json()["predictions"] == [2]
@@ -366,11 +366,11 @@ def test_what_is_counted(network):
         httpx.post(f"{url}/predict", files=[("files", (f"{i}.png", picture(i))) for i in range(3)])
         post(url, b"x")
         text = httpx.get(f"{url}/metrics").text
-    assert 'companion_requests_total{status="200"} 1.0' in text
-    assert 'companion_requests_total{status="400"} 1.0' in text
-    assert "companion_batch_size_sum 5.0" in text  # one to warm up, three, and the bad one
-    assert "companion_queue_seconds_count 5.0" in text
-    assert "companion_failed_items_total 1.0" in text
+    assert 'companion_requests_total{model="model",status="200"} 1.0' in text
+    assert 'companion_requests_total{model="model",status="400"} 1.0' in text
+    assert 'companion_batch_size_sum{model="model"} 5.0' in text  # one to warm up, three, and the bad one
+    assert 'companion_queue_seconds_count{model="model"} 5.0' in text
+    assert 'companion_failed_items_total{model="model"} 1.0' in text
 
 
 def test_the_openapi_document_names_bodies_and_errors(app):
