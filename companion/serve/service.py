@@ -118,6 +118,7 @@ class Service:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Open from here on: ready when the model has run once; at the end what was accepted is answered."""
+        self._loop = asyncio.get_running_loop()
         async with self.batcher:
             await self.batcher.submit(self.model.example)
             tasks = [asyncio.create_task(self._reloads())] if self._load else []
@@ -137,8 +138,11 @@ class Service:
                     self.model.release()
 
     def reload(self) -> None:
-        """Load the file again, soon; the model serves until the new one has run once, and goes on if that fails."""
-        self._asked.set()
+        """Load the file again, soon; the model serves until the new one has run once, and goes on if that fails.
+
+        From any thread, while it is `running`.
+        """
+        self._loop.call_soon_threadsafe(self._asked.set)
 
     async def _watches(self, path: Path) -> None:
         before = self._loaded

@@ -3,9 +3,14 @@
 import io
 import socket
 import threading
+import time
 from contextlib import contextmanager
 
+import httpx
 import numpy as np
+from PIL import Image
+
+from companion import engines
 
 
 @contextmanager
@@ -32,9 +37,45 @@ def serving(app, **options):
 
 def picture(seed, side=32, form="PNG"):
     """An image file of soft random colours."""
-    from PIL import Image
-
     small = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(small).resize((side, side), Image.Resampling.BICUBIC).save(file, form)
     return file.getvalue()
+
+
+class Slow(engines.Engine):
+    """A network whose calls wait at a gate; it classifies by the first pixel's red."""
+
+    def __init__(self, classes=256):
+        taken = engines.TensorInfo("input", "float32", (None, 3, 8, 8))
+        given = engines.TensorInfo("output", "float32", (None, classes))
+        super().__init__("slow", [taken], [given], engines.Metadata(input_size=(3, 8, 8)))
+        self.gate, self.sizes, self.classes = threading.Event(), [], classes
+        self.gate.set()
+
+    def _run(self, inputs):
+        (images,) = inputs.values()
+        self.sizes.append(len(images))
+        assert self.gate.wait(20)
+        return {"output": np.eye(self.classes, dtype=np.float32)[np.rint(images[:, 0, 0, 0] * 255).astype(int)]}
+
+    def _release(self):
+        pass
+
+
+def red(value):
+    """An 8×8 picture that `Slow` knows by its number."""
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), (value, 0, 0)).save(file, "PNG")
+    return file.getvalue()
+
+
+def until(condition, seconds=10):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def post(url, content, kind="image/png", **headers):
+    return httpx.post(f"{url}/predict", content=content, headers={"content-type": kind, **headers}, timeout=60)
