@@ -621,7 +621,7 @@ def _objects(found: "detection.Detections") -> str:
 @app.command()
 def serve(
     kind: Annotated[str, typer.Argument(metavar="image|text", help="What clients send.")],
-    model: Annotated[Path, typer.Option(metavar="F", help="A .safetensors or .onnx file.")],
+    model: Annotated[list[str], typer.Option(metavar="[NAME=]F", help="A .safetensors or .onnx file, or several.")],
     engine: Annotated[str | None, typer.Option(help="torch_fused, onnxruntime, …; the usual one if not given.")] = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets everybody in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
@@ -632,32 +632,49 @@ def serve(
     workers: Annotated[int, typer.Option(min=1, max=256, help="Processes, on one port.")] = 1,
     threads: Annotated[int | None, typer.Option(help="CPU threads of each; 1 if not given.")] = None,
     grace: Annotated[float | None, typer.Option(help="Seconds at the end for what was accepted; 30.")] = None,
+    reload: Annotated[bool | None, typer.Option("--reload", help="Load a file again when it changes.")] = None,
+    token_file: Annotated[Path | None, typer.Option(help="Its first line is the bearer token to ask for.")] = None,
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error; info if not given.")] = None,
 ) -> None:
-    """Answer HTTP requests with a network, in batches.
+    """Answer HTTP requests with networks, in batches; a page to try them is at /.
 
-    Further settings, such as a bearer token, come from environment variables: COMPANION_SERVE_TOKEN, …
+    The first model is asked at /predict, each at /predict/NAME. SIGHUP loads the files again.
+
+    Further settings come from environment variables, such as the bearer token from COMPANION_SERVE_TOKEN.
     """
     from companion.serve import main as serving
+    from companion.serve.models import named
+    from companion.serve.settings import settings_from
 
     if kind not in serving.APPS:
         raise CompanionError(f"there is no server for {kind!r}: choose {' or '.join(serving.APPS)}.")
-    settings = serving.settings_from(
+    settings = settings_from(
         policy=policy,
         max_batch=max_batch,
         max_wait_ms=max_wait_ms,
         max_queue=max_queue,
         threads=threads,
         grace=grace,
+        reload=reload,
+        token_file=token_file,
+        log_level=log_level,
     )
+    models = named(model)
+
+    def announce(address: str) -> None:
+        paths = ["/predict", *(f"/predict/{name}" for name in list(models)[1:])]
+        places = [f"{file} at {address}{path}" for file, path in zip(models.values(), paths, strict=True)]
+        print(f"{', '.join(places)}; Ctrl-C ends it", flush=True)
+
     serving.run(
         kind,
-        model,
+        models,
         engine=engine,
         host=host,
         port=port,
         workers=workers,
         settings=settings,
-        announce=lambda address: print(f"{model} at {address}/predict; Ctrl-C ends it", flush=True),
+        announce=announce,
     )
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from companion.serve.app import Answer
+from companion.serve.service import Answer
 
 
 def most_likely(scores: np.ndarray, labels: Sequence[str] | None) -> list[Answer | Exception]:

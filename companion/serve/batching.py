@@ -328,7 +328,7 @@ class Batcher:
         self._loop = asyncio.get_running_loop()
         self._idle = asyncio.Event()
         self._idle.set()
-        self._jobs: SimpleQueue[tuple[list[Entry], float] | None] = SimpleQueue()
+        self._jobs: SimpleQueue[tuple[list[Entry], float] | asyncio.Future[None] | None] = SimpleQueue()
         Thread(target=self._work, name="batcher", daemon=True).start()
         self._open = True
         return self
@@ -381,6 +381,13 @@ class Batcher:
                 raise answer
         return answers
 
+    async def replace(self, predict: Callable[[list[Any]], Sequence[Any]]) -> None:
+        """Run the next batch with this function; returns when the one before runs no more."""
+        self.predict = predict
+        passed = self._loop.create_future()
+        self._jobs.put(passed)
+        await passed
+
     def enqueue(self, items: Sequence[Any], *, timeout: float | None = None) -> list[asyncio.Future[Any]]:
         """Queue the items of one request, all or none: a future for each. To cancel one takes it out of the queue."""
         if not self._open:
@@ -430,6 +437,10 @@ class Batcher:
     def _work(self) -> None:
         """The thread."""
         while (job := self._jobs.get()) is not None:
+            if isinstance(job, asyncio.Future):
+                with suppress(RuntimeError):
+                    self._loop.call_soon_threadsafe(_pass, job)
+                continue
             batch, formed = job
             began = self._clock()
             answers = _answers(self.predict, [entry.item for entry in batch])
@@ -440,6 +451,7 @@ class Batcher:
     def _finish(self, batch: list[Entry], formed: float, seconds: float, answers: list[Any]) -> None:
         failed = sum(isinstance(answer, BaseException) for answer in answers)
         self.queue.finish(self._clock(), None if failed else seconds)
+        self._wake()  # before the answers, so that the model works while they are written
         for entry, answer in zip(batch, answers, strict=True):
             if entry.future.done():  # meanwhile too late, or cancelled
                 continue
@@ -447,7 +459,6 @@ class Batcher:
                 entry.future.set_exception(answer)
             else:
                 entry.future.set_result(answer)
-        self._wake()
         self._rest()
         if self._on_batch is not None:
             waited = tuple(formed - entry.arrived for entry in batch)
@@ -456,6 +467,11 @@ class Batcher:
     def _rest(self) -> None:
         if not self.queue.busy and not len(self.queue):
             self._idle.set()
+
+
+def _pass(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
 
 
 def _answers(predict: Callable[[list[Any]], Sequence[Any]], items: list[Any]) -> list[Any]:

@@ -1,8 +1,8 @@
 """A server that says what is in pictures (2.3.2, 2.3.3)."""
 
 import io
-import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,13 +10,14 @@ from fastapi import FastAPI, Request
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
-from companion import engines
 from companion.datasets.images import pixels
 from companion.engines import Engine
 from companion.engines.base import one_sentence
 from companion.errors import CompanionError
 from companion.serve.answers import most_likely
-from companion.serve.app import Answer, BadItem, Receive, Refused, Service, application, read_body
+from companion.serve.app import Answer, BadItem, Receive, Refused, application, read_body
+from companion.serve.models import Model
+from companion.serve.service import Source, services_of
 from companion.serve.settings import Settings, settings_from
 
 TYPES = ("image/png", "image/jpeg", "image/webp", "image/bmp", "image/gif")
@@ -82,31 +83,37 @@ def _gray(size: int) -> bytes:
     return file.getvalue()
 
 
-def image_app(
-    model: str | os.PathLike[str] | Engine, *, engine: str | None = None, settings: Settings | None = None
-) -> FastAPI:
-    """A server for a network that classifies images.
-
-    Args:
-        model: a ``.safetensors`` or ``.onnx`` file, or an engine that is open already.
-        engine: what runs the file: one of `companion.engines.available`; if not given, ``torch_fused`` for
-            ``.safetensors`` and ``onnxruntime`` for ``.onnx``.
-        settings: limits and policies; if not given, from the environment.
-
-    Raises:
-        CompanionError: the file cannot be loaded, or its network does not classify images.
+def _model(engine: Engine, settings: Settings) -> Model:
     """
-    settings = settings or settings_from()
-    ours = not isinstance(model, Engine)
-    if not isinstance(model, Engine):
-        model = engines.load(model, engine or engines.suited(model), threads=settings.threads)
-    classifier = Classifier(model, max_pixels=settings.max_pixels)
+    Raises:
+        CompanionError: the network does not classify images, or fails on one.
+    """
+    classifier = Classifier(engine, max_pixels=settings.max_pixels)
     example = _gray(classifier.size)
     with one_sentence("the network cannot classify an image"):
         (answer,) = classifier([example])
         if isinstance(answer, Exception):
             raise answer
-    service = Service(classifier, example, settings, release=model.close if ours else None)
+    return Model(classifier, example, f"images of {classifier.size}×{classifier.size}", engine.metadata.labels)
+
+
+def image_app(
+    model: Source | Mapping[str, Source], *, engine: str | None = None, settings: Settings | None = None
+) -> FastAPI:
+    """A server for networks that classify images.
+
+    Args:
+        model: a ``.safetensors`` or ``.onnx`` file, or an engine that is open already; or several by name, of which
+            the first answers at ``/predict`` and each at ``/predict/NAME``.
+        engine: what runs the files: one of `companion.engines.available`; if not given, ``torch_fused`` for
+            ``.safetensors`` and ``onnxruntime`` for ``.onnx``.
+        settings: limits and policies; if not given, from the environment.
+
+    Raises:
+        CompanionError: a file cannot be loaded, or its network does not classify images.
+    """
+    settings = settings or settings_from()
+    services = services_of(model, partial(_model, settings=settings), engine=engine, settings=settings)
 
     async def files(request: Request) -> list[bytes]:
         """Those of a form; any field may hold them."""
@@ -117,8 +124,10 @@ def image_app(
         try:
             form = await Request(request.scope, _replay(body)).form(max_files=settings.max_items)
         except HTTPException as error:
-            status = 413 if "Too many" in error.detail else 422
-            raise Refused(status, f"the form cannot be read: {error.detail.rstrip('.').lower()}.") from error
+            said = f"the form cannot be read: {error.detail.rstrip('.').lower()}."
+            if "Too many" in error.detail:
+                raise Refused(413, said, cause="too_many_items") from error
+            raise Refused(422, said) from error
         try:
             found = [await value.read() for _, value in form.multi_items() if isinstance(value, UploadFile)]
         finally:
@@ -131,7 +140,7 @@ def image_app(
     many = {"type": "array", "items": {"type": "string", "format": "binary"}}
     form = {"schema": {"type": "object", "required": ["files"], "properties": {"files": many}}}
     return application(
-        service,
+        services,
         files,
         title="companion: images",
         description="What is in a picture. One image as the body is the fast form; several go as a form.",

@@ -1,37 +1,42 @@
-"""Start a server: the settings go through the environment, so that each worker process finds them."""
+"""Start a server, of one process or several."""
 
 import errno
+import importlib
+import logging
 import os
 import signal
 import socket
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 from fastapi import FastAPI
-from pydantic import SecretStr
 
 from companion.errors import CompanionError
-from companion.serve.image import image_app
-from companion.serve.settings import Settings, settings_from
-from companion.serve.text import text_app
+from companion.serve import counted, logs
+from companion.serve.models import leave
+from companion.serve.settings import Settings
 
-APPS = {"image": image_app, "text": text_app}
-"""By what clients send."""
-# No settings, but what is served.
-KIND, MODEL, ENGINE = "COMPANION_SERVE_KIND", "COMPANION_SERVE_FILE", "COMPANION_SERVE_ENGINE"
+APPS = {"image": "companion.serve.image:image_app", "text": "companion.serve.text:text_app"}
+"""What clients send → what answers them: called with the files by name, ``engine`` and ``settings``."""
+
+log = logging.getLogger("companion.serve")
 
 
-def create() -> FastAPI:
-    """The application that the environment describes, for a server that starts its own workers."""
-    return APPS[os.environ[KIND]](os.environ[MODEL], engine=os.environ.get(ENGINE), settings=settings_from())
+def create(kind: str, models: Mapping[str, Path], engine: str | None, settings: Settings) -> FastAPI:
+    """The application.
+
+    Raises:
+        CompanionError: a model cannot be served.
+    """
+    module, name = APPS[kind].split(":")
+    return getattr(importlib.import_module(module), name)(models, engine=engine, settings=settings)
 
 
 def run(
     kind: str,
-    model: Path,
+    models: Mapping[str, Path],
     *,
     engine: str | None,
     host: str,
@@ -44,57 +49,56 @@ def run(
 
     Args:
         kind: one of `APPS`.
-        model, engine: as of `image_app`.
+        models: files by name; the first is the one at ``/predict``.
+        engine: as of `image_app`.
         host, port: where to listen; port 0 takes a free one.
         workers: processes.
         settings: limits and policies.
-        announce: called with the address when it is taken and the model is loaded.
+        announce: called with the address when the server answers.
 
     Raises:
-        CompanionError: the model cannot be served, or the address cannot be had.
+        CompanionError: a model cannot be served, or the address cannot be had.
     """
-    import uvicorn
-    from uvicorn.supervisors import Multiprocess
+    from companion.serve.process import Workers, run_one
 
-    app = APPS[kind](model, engine=engine, settings=settings)  # so that what is wrong is said here, once
-    options: dict[str, Any] = {
-        "access_log": False,
-        "log_level": "warning",
-        "timeout_graceful_shutdown": round(settings.grace),
-        "timeout_worker_healthcheck": 60,  # a worker that loads its libraries from a slow disk is no dead one
-    }
-    with _listening(host, port) as listening, tempfile.TemporaryDirectory(prefix="companion-metrics-") as folder:
+    logs.configure(settings.log_level)
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # it reloads once there is something to reload
+    app = create(kind, models, engine, settings)  # so that what is wrong is said here, once
+    with _listening(host, port, several=workers > 1) as listening:
         shown = f"[{host}]" if ":" in host else host
         address = f"http://{shown}:{listening.getsockname()[1]}"
+        files = {name: str(path) for name, path in models.items()}
+        log.info("starting", extra={"data": {"address": address, "models": files, "workers": workers}})
         if workers == 1:
-            server = uvicorn.Server(uvicorn.Config(app, **options))
-
-            def end(number: int, frame: FrameType | None) -> None:
-                server.should_exit = True
-
-            for number in (signal.SIGTERM, signal.SIGINT):  # until uvicorn listens to them itself, and afterwards
-                signal.signal(number, end)
-            announce(address)
-            server.run(sockets=[listening])
-            return
-        os.environ[KIND], os.environ[MODEL] = kind, str(model)
-        os.environ.pop(ENGINE, None)
-        if engine is not None:
-            os.environ[ENGINE] = engine
-        for key, value in settings.model_dump(exclude_none=True).items():
-            plain = value.get_secret_value() if isinstance(value, SecretStr) else value
-            os.environ[f"COMPANION_SERVE_{key.upper()}"] = str(plain)
-        os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
-        config = uvicorn.Config("companion.serve.main:create", factory=True, workers=workers, **options)
-        parent = Multiprocess(config, [listening])  # which listens to the signals from here on
-        announce(address)
-        parent.run()
+            run_one(app, settings, listening, lambda: announce(address))
+        else:
+            del app
+            with tempfile.TemporaryDirectory(prefix="companion-metrics-") as folder:
+                os.environ[counted.FOLDER] = folder
+                made = partial(create, kind, dict(models), engine, settings)
+                try:
+                    Workers(made, settings, listening, workers, folder).run(lambda: announce(address))
+                finally:
+                    del os.environ[counted.FOLDER]
+    log.info("ended")
+    leave(0)
 
 
-def _listening(host: str, port: int) -> socket.socket:
+def _listening(host: str, port: int, *, several: bool) -> socket.socket:
+    """The socket, which listens; or, where each of several workers has its own, keeps the port for them."""
+    from companion.serve.process import bound, spreads
+
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=2048)
+        found = bound(family, (host, port), together=False)
+        if several and spreads():
+            # Taken alone first, so that no other server has it, and then for all of ours.
+            address = found.getsockname()
+            found.close()
+            return bound(family, address, together=True)
+        found.listen(2048)
+        return found
     except OSError as error:
         advice = "choose another --" + ("port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "host")
         said = "is taken" if error.errno == errno.EADDRINUSE else f"cannot be had ({error.strerror or error})"

@@ -1,5 +1,6 @@
 """What a server may be told: by arguments, or by environment variables that begin with ``COMPANION_SERVE_``."""
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, SecretStr, ValidationError
@@ -37,20 +38,51 @@ class Settings(BaseSettings):
     """To send a request's body in; then 408."""
     grace: Annotated[float, Field(ge=1, le=3600)] = 30.0
     """Seconds at the end to answer what was accepted."""
+    head_seconds: Annotated[float, Field(gt=0)] = 15.0
+    """From the first byte of a request to the end of its head; then 408. A connection that sends nothing is closed
+    after as long."""
+    write_seconds: Annotated[float, Field(gt=0)] = 30.0
+    """For a client that does not read its answer; then its connection is cut."""
+    max_connections: Annotated[int, Field(ge=1)] = 4096
+    """Of a worker; above it those that have waited longest for a request are closed to make room. Fewer if the
+    system allows fewer open files."""
+    max_memory: Annotated[int, Field(ge=1)] = 512 * MIB
+    """Bytes of bodies that a worker holds, over all connections; above it 503."""
+    reload: bool = False
+    """Whether the models' files are watched, and loaded again when they change. SIGHUP does so at any time."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """How much is said on stderr, in lines of JSON."""
     token: Annotated[SecretStr, Field(min_length=1)] | None = None
     """If given, requests for predictions must bring it as a bearer token; else 401."""
+    token_file: Path | None = None
+    """A file whose first line is the token."""
     threads: Annotated[int, Field(ge=1, le=1024)] = 1
     """CPU threads of the engine."""
 
 
 def settings_from(**given: object) -> Settings:
-    """The settings given, and for those that are None the environment's.
+    """The settings given, and for those that are None the environment's; the token of a file is read.
 
     Raises:
-        CompanionError: a value is out of range.
+        CompanionError: a value is out of range, or there is no token in the file.
     """
     try:
-        return Settings(**{key: value for key, value in given.items() if value is not None})  # type: ignore[arg-type]
+        settings = Settings(**{key: value for key, value in given.items() if value is not None})  # type: ignore[arg-type]
     except ValidationError as error:
         first = error.errors()[0]
         raise CompanionError(f"{'.'.join(map(str, first['loc']))} is {first['input']!r}: {first['msg']}.") from error
+    if settings.max_memory < settings.max_bytes:
+        raise CompanionError(
+            f"max_memory is {settings.max_memory}: give at least the {settings.max_bytes} of max_bytes."
+        )
+    if settings.token_file is None:
+        return settings
+    if settings.token is not None:
+        raise CompanionError("there is a token and a token_file: give one of them.")
+    try:
+        token = settings.token_file.read_text(encoding="utf-8").partition("\n")[0].strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CompanionError(f"the token cannot be read from {settings.token_file}: {error}.") from error
+    if not token:
+        raise CompanionError(f"the first line of {settings.token_file} is empty: write the token there.")
+    return settings.model_copy(update={"token": SecretStr(token)})

@@ -1,21 +1,22 @@
 """A server that says what texts are about (2.4.2)."""
 
 import json
-import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 from fastapi import FastAPI, Request
 
-from companion import engines
 from companion.datasets.words import PADDING, encode, word_ids
 from companion.engines import Engine
 from companion.engines.base import one_sentence
 from companion.errors import CompanionError
 from companion.serve.answers import most_likely
-from companion.serve.app import Answer, BadItem, Refused, Service, application
+from companion.serve.app import Answer, BadItem, Refused, application
+from companion.serve.models import Model
+from companion.serve.service import Source, services_of
 from companion.serve.settings import Settings, settings_from
 
 TYPE = "application/json"
@@ -112,30 +113,36 @@ def _kind(value: Any) -> str:
     return _KINDS.get(type(value), "a number")
 
 
-def text_app(
-    model: str | os.PathLike[str] | Engine, *, engine: str | None = None, settings: Settings | None = None
-) -> FastAPI:
-    """A server for a network that classifies texts.
-
-    Args:
-        model: a ``.safetensors`` or ``.onnx`` file with its vocabulary, or an engine that is open already.
-        engine: what runs the file: one of `companion.engines.available`; if not given, ``torch_fused`` for
-            ``.safetensors`` and ``onnxruntime`` for ``.onnx``.
-        settings: limits and policies; if not given, from the environment.
-
-    Raises:
-        CompanionError: the file cannot be loaded, or its network does not classify texts.
+def _model(engine: Engine, settings: Settings) -> Model:
     """
-    settings = settings or settings_from()
-    ours = not isinstance(model, Engine)
-    if not isinstance(model, Engine):
-        model = engines.load(model, engine or engines.suited(model), threads=settings.threads)
-    classifier = TextClassifier(model, max_words=settings.max_words)
+    Raises:
+        CompanionError: the network does not classify texts, or fails on one.
+    """
+    classifier = TextClassifier(engine, max_words=settings.max_words)
     with one_sentence("the network cannot classify a text"):
         (answer,) = classifier([EXAMPLE])
         if isinstance(answer, Exception):
             raise answer
-    service = Service(classifier, EXAMPLE, settings, release=model.close if ours else None)
+    return Model(classifier, EXAMPLE, "texts", engine.metadata.labels)
+
+
+def text_app(
+    model: Source | Mapping[str, Source], *, engine: str | None = None, settings: Settings | None = None
+) -> FastAPI:
+    """A server for networks that classify texts.
+
+    Args:
+        model: a ``.safetensors`` or ``.onnx`` file with its vocabulary, or an engine that is open already; or several
+            by name, of which the first answers at ``/predict`` and each at ``/predict/NAME``.
+        engine: what runs the files: one of `companion.engines.available`; if not given, ``torch_fused`` for
+            ``.safetensors`` and ``onnxruntime`` for ``.onnx``.
+        settings: limits and policies; if not given, from the environment.
+
+    Raises:
+        CompanionError: a file cannot be loaded, or its network does not classify texts.
+    """
+    settings = settings or settings_from()
+    services = services_of(model, partial(_model, settings=settings), engine=engine, settings=settings)
 
     async def others(request: Request) -> list[str]:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -144,7 +151,7 @@ def text_app(
     texts = {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": settings.max_items}
     form = {"type": "object", "required": ["texts"], "additionalProperties": False, "properties": {"texts": texts}}
     return application(
-        service,
+        services,
         others,
         title="companion: texts",
         description='What texts are about. Send them as JSON: {"texts": ["…", "…"]}.',

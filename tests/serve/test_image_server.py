@@ -27,7 +27,7 @@ from companion.serve.load import Request, load
 from companion.serve.settings import Settings
 
 sys.path.insert(0, str(Path(__file__).parent))
-from server_cases import picture, serving
+from server_cases import Slow, picture, post, red, serving, until
 
 
 def right(network, file):
@@ -35,44 +35,6 @@ def right(network, file):
     with torch.no_grad():
         shares = network(decode(file, "it", 32)[None]).softmax(1)[0]
     return int(shares.argmax()), float(shares.max())
-
-
-class Slow(engines.Engine):
-    """A network whose calls wait at a gate; it classifies by the first pixel's red."""
-
-    def __init__(self, classes=256):
-        taken = engines.TensorInfo("input", "float32", (None, 3, 8, 8))
-        given = engines.TensorInfo("output", "float32", (None, classes))
-        super().__init__("slow", [taken], [given], engines.Metadata(input_size=(3, 8, 8)))
-        self.gate, self.sizes, self.classes = threading.Event(), [], classes
-        self.gate.set()
-
-    def _run(self, inputs):
-        (images,) = inputs.values()
-        self.sizes.append(len(images))
-        assert self.gate.wait(20)
-        return {"output": np.eye(self.classes, dtype=np.float32)[np.rint(images[:, 0, 0, 0] * 255).astype(int)]}
-
-    def _release(self):
-        pass
-
-
-def red(value):
-    """An 8×8 picture that `Slow` knows by its number."""
-    import io
-
-    from PIL import Image
-
-    file = io.BytesIO()
-    Image.new("RGB", (8, 8), (value, 0, 0)).save(file, "PNG")
-    return file.getvalue()
-
-
-def until(condition, seconds=10):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 @pytest.fixture(scope="module")
@@ -84,10 +46,6 @@ def app(network):
 def url(app):
     with serving(app) as address:
         yield address
-
-
-def post(url, content, kind="image/png", **headers):
-    return httpx.post(f"{url}/predict", content=content, headers={"content-type": kind, **headers}, timeout=60)
 
 
 @pytest.mark.parametrize(("form", "kind"), [("PNG", "image/png"), ("JPEG", "image/jpeg; q=1"), ("WEBP", "IMAGE/WEBP")])
@@ -221,7 +179,7 @@ def test_clients_that_hang_up_in_the_queue_are_not_run():
         until(lambda: len(app.state.service.batcher.queue) == 50)
         for connection in gone:
             connection.close()
-        until(lambda: 'companion_requests_total{status="499"} 50.0' in httpx.get(f"{url}/metrics").text)
+        until(lambda: 'companion_requests_total{model="model",status="499"} 50.0' in httpx.get(f"{url}/metrics").text)
         engine.gate.set()
         first.join(10)
         assert post(url, red(2)).json()["predictions"] == [2]
@@ -366,11 +324,11 @@ def test_what_is_counted(network):
         httpx.post(f"{url}/predict", files=[("files", (f"{i}.png", picture(i))) for i in range(3)])
         post(url, b"x")
         text = httpx.get(f"{url}/metrics").text
-    assert 'companion_requests_total{status="200"} 1.0' in text
-    assert 'companion_requests_total{status="400"} 1.0' in text
-    assert "companion_batch_size_sum 5.0" in text  # one to warm up, three, and the bad one
-    assert "companion_queue_seconds_count 5.0" in text
-    assert "companion_failed_items_total 1.0" in text
+    assert 'companion_requests_total{model="model",status="200"} 1.0' in text
+    assert 'companion_requests_total{model="model",status="400"} 1.0' in text
+    assert 'companion_batch_size_sum{model="model"} 5.0' in text  # one to warm up, three, and the bad one
+    assert 'companion_queue_seconds_count{model="model"} 5.0' in text
+    assert 'companion_failed_items_total{model="model"} 1.0' in text
 
 
 def test_the_openapi_document_names_bodies_and_errors(app):
