@@ -50,8 +50,6 @@ def run(
     import uvicorn
     from uvicorn.supervisors import Multiprocess
 
-    from companion.serve.quiet import Server
-
     app = image_app(model, engine=engine, settings=settings)  # so that what is wrong is said here, once
     options: dict[str, Any] = {
         "access_log": False,
@@ -63,7 +61,7 @@ def run(
         shown = f"[{host}]" if ":" in host else host
         address = f"http://{shown}:{listening.getsockname()[1]}"
         if workers == 1:
-            server = Server(uvicorn.Config(app, **options))
+            server = uvicorn.Server(uvicorn.Config(app, **options))
 
             def end(number: int, frame: FrameType | None) -> None:
                 server.should_exit = True
