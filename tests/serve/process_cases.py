@@ -15,6 +15,7 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+from prometheus_client.parser import text_string_to_metric_families
 
 COLOURS = 255  # classes of the network of `colours_file`
 CULPRIT = 255  # the red on which that network raises
@@ -117,10 +118,11 @@ class Server:
                 found.append(line)
         return found
 
-    def metric(self, name):
-        """The value of a metric, such as ``companion_batch_size_count``."""
+    def metric(self, name, **labels):
+        """The value of a metric such as ``companion_batch_size_count``, summed over all labels but those given."""
         text = httpx.get(f"{self.url}/metrics", timeout=60, verify=PLAIN).text
-        return sum(float(value) for value in re.findall(rf"(?m)^{re.escape(name)}(?:\{{[^}}]*\}})? (\S+)$", text))
+        samples = (sample for family in text_string_to_metric_families(text) for sample in family.samples)
+        return sum(each.value for each in samples if each.name == name and labels.items() <= each.labels.items())
 
     def stop(self, how=signal.SIGTERM, seconds=120):
         """Send a signal and await the end, so many seconds: the exit status."""
