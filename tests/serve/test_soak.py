@@ -83,7 +83,7 @@ def test_an_overload_of_three_times_what_it_can_bear(tmp_path):
     """Who is let in waits no longer than the queue is long; the others are told when to come again."""
     queue, batch = 64, 16
     options = ("--max-queue", queue, "--max-batch", batch)
-    with started(tmp_path, colours_file(tmp_path, work=30), *options) as server:
+    with started(tmp_path, colours_file(tmp_path, work=100), *options) as server:
         url = f"{server.url}/predict"
 
         def full_speed():
