@@ -22,7 +22,7 @@ CULPRIT = 255  # the red on which that network raises
 PLAIN = False  # nothing here is encrypted, and to read the certificates of the world takes longer than an answer
 
 
-def colours_file(folder, work=0):
+def colours_file(folder, work=0, backwards=False):
     """An ONNX network that classifies 8×8 images by their red, 0 … 254, and cannot run an image of red 255.
 
     With x the red, class k scores 2kx − k² = x² − (x − k)², the highest at k = x.
@@ -30,11 +30,12 @@ def colours_file(folder, work=0):
     Args:
         folder: where to write it.
         work: million MACs for each image on top, without a trace in the answer.
+        backwards: count the classes from the end, so that red x is class 254 − x.
     """
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
-    classes = np.arange(COLOURS, dtype=np.float32)
+    classes = np.arange(COLOURS, dtype=np.float32)[:: -1 if backwards else 1]
     red = np.repeat(np.float32([255 / 64, 0, 0]), 64)[:, None]
     constants = {"red": red, "twice": 2 * classes, "squares": classes**2, "table": 0 * classes}
     nodes = [

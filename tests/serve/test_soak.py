@@ -11,6 +11,7 @@ import threading
 import time
 
 import httpx
+import numpy as np
 import pytest
 
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
@@ -90,31 +91,38 @@ def test_an_overload_of_three_times_what_it_can_bear(tmp_path):
             return load(url, SINGLE, concurrency=48, seconds=4, timeout=60).throughput
 
         full_speed()
-        before = full_speed()
-        bound = (queue + batch) / before  # seconds: those in the queue, and those in the model
-        refusals = []
+        before, refusals = full_speed(), []
         with httpx.Client(verify=PLAIN, timeout=60) as client:
 
             def look():
                 answer = client.post(url, content=SINGLE[0].body, headers={"content-type": "image/png"})
                 if answer.status_code == 503:
                     refusals.append(int(answer.headers["retry-after"]))
-                return server.rss()
+                return time.monotonic(), server.rss(), server.metric("companion_batch_size_sum")
 
-            with Watched(look, every=0.25) as memory:
+            with Watched(look, every=0.25) as watched:
                 found = load(url, SINGLE, rate=3 * before, seconds=SECONDS, timeout=60)
         time.sleep(1)
         after, later = full_speed(), full_speed()
         assert server.stop() == 0
+    times, memory, done = zip(*watched.found, strict=True)
+    bound = longest(times, done, queue + batch)  # of those in the queue and those in the model
     assert found.failures.keys() == {"503"}
     assert found.latency(99) <= 2 * bound
-    assert found.throughput > 0.5 * before  # those let in are served as fast as ever
+    assert found.throughput > 0.5 * min(before, after, later)  # those let in are served as fast as ever
+    assert after > 0.6 * min(before, later)
     assert len(refusals) > 10
     assert min(refusals) >= 1
     assert max(refusals) <= math.ceil(4 * bound)
-    assert growth(memory.found) < 32 * MIB
-    assert after > 0.6 * min(before, later)
+    assert growth(memory) < 32 * MIB
     assert server.faults() == []
+
+
+def longest(times, done, items):
+    """The longest time in which so many items were worked off: on a shared machine it is no constant."""
+    times, done = np.array(times), np.array(done)
+    ends = np.searchsorted(done, done + items)
+    return max(times[end] - time for time, end in zip(times, ends, strict=True) if end < len(times))
 
 
 def test_a_thousand_connections_that_say_nothing_or_little(tmp_path, colours):
