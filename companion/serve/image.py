@@ -123,6 +123,8 @@ def image_app(
         body = await read_body(dict(request.scope["headers"]), request.receive, settings)
         try:
             form = await Request(request.scope, _replay(body)).form(max_files=settings.max_items)
+        except UnicodeError as error:  # the form may choose its codec, and some of Python's raise more than they should
+            raise Refused(422, "the form cannot be read: its text is not in the charset that it names.") from error
         except HTTPException as error:
             said = f"the form cannot be read: {error.detail.rstrip('.').lower()}."
             if "Too many" in error.detail:
