@@ -11,7 +11,7 @@ from cycler import cycler
 from matplotlib import rc_context
 from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogFormatter, MaxNLocator
 
 from companion.errors import CompanionError
 
@@ -384,8 +384,9 @@ def plot_load(found: Mapping[str, Mapping[int, Any]], *, percentile: float = 50.
                 axis.annotate(str(connections), point, xytext=(4, 4), textcoords="offset points", fontsize=8)
         axis.set(xscale="log", yscale="log", xlabel="answers a second   (better →)")
         axis.set_ylabel(f"(← better)   latency in ms, {'median' if percentile == 50 else f'p{percentile:g}'}")
-        axis.xaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_major_formatter("{x:g}")
+        for side in (axis.xaxis, axis.yaxis):
+            side.set_major_formatter(LogFormatter())  # 100, not 10²
+            side.set_minor_formatter(LogFormatter())
         if found:
             figure.legend(loc="outside right upper", frameon=False, fontsize=8)
     return figure

@@ -100,9 +100,9 @@ def _foretold(known: Told, row: Row, policy: str, wait: float, connections: int)
     flat = row.flat()
     values: dict[str, Value] = {}
     for name, value in (("requests per second", found.throughput), ("p50", 1e3 * found.latency())):
-        values[f"{name}, foretold"] = round(value, 2)
-        values[f"{name}, off by %"] = round(100 * (value / float(flat[name]) - 1), 1)
-    values["mean batch, foretold"] = round(float(found.batch_sizes.mean()), 2)
+        values[f"foretold {name}"] = round(value, 2)
+        values[f"{name} off by %"] = round(100 * (value / float(flat[name]) - 1), 1)
+    values["foretold mean batch"] = round(float(found.batch_sizes.mean()), 2)
     return replace(row, values=row.values | values)
 
 
