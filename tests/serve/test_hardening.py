@@ -29,7 +29,8 @@ def server(tmp_path_factory, colours):
     with started(tmp_path_factory.mktemp("server"), colours) as server:
         yield server
         assert server.stop() == 0
-        assert server.faults() == []
+        told = f"idx={CULPRIT}"  # what ONNX Runtime says of the culprit
+        assert [line for line in server.faults() if told not in line] == []
 
 
 def burst(url, bodies):
