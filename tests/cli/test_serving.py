@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from pathlib import Path
 
 import pytest
 
@@ -134,3 +135,59 @@ def test_a_port_that_is_taken(weights):
         done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert done.stderr == f"companion: the address 127.0.0.1:{port} is taken: choose another --port.\n"
+
+
+def children(process):
+    """The process ids of the workers."""
+    found = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    names = {int(pid): Path(f"/proc/{pid}/cmdline").read_bytes() for pid in found}
+    return {pid for pid, name in names.items() if b"spawn_main" in name}
+
+
+def answers(url):
+    with urllib.request.urlopen(f"{url}/stats", timeout=60) as answer:
+        return json.load(answer)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
+def test_a_worker_that_is_killed_is_replaced_and_all_reload(weights, tmp_path):
+    copy = tmp_path / "m.safetensors"
+    copy.write_bytes(weights.read_bytes())
+    process, url = start(copy, "--workers", "2")
+    try:
+        first = children(process)
+        assert len(first) == 2
+        assert answers(url)["workers"] == 2
+        os.kill(min(first), signal.SIGKILL)
+        seen = set()
+        while (now := children(process)) == first or len(now) < 2 or answers(url)["workers"] < 2:
+            seen.add(answers(url)["workers"])  # the other one answers on
+            time.sleep(0.05)
+        assert len(now & first) == 1
+        process.send_signal(signal.SIGHUP)
+        while answers(url)["models"]["m"].get("reloads") != {"done": 2}:
+            time.sleep(0.05)
+        copy.write_bytes(b"x")
+        process.send_signal(signal.SIGHUP)
+        while answers(url)["models"]["m"]["reloads"] != {"done": 2, "failed": 2}:
+            time.sleep(0.05)
+    finally:
+        code, lines = stop(process)
+    assert code == 0
+    messages = [line["message"] for line in lines]
+    assert messages.count("a worker died; another takes its place") == 1
+    assert messages.count("reloaded") == 2
+    assert messages.count("the new file cannot be served; the old model goes on") == 2
+    assert len(messages) == 5
+
+
+def test_models_by_name_and_a_token_from_a_file(weights, call, tmp_path):
+    (tmp_path / "token").write_text("secret\n")
+    process, url = start(weights, "--token-file", tmp_path / "token")
+    try:
+        code, out, _ = call("load", f"{url}/predict/m", "--concurrency", "2", "--seconds", "0.2", "--token", "secret")
+        assert code == 0, out
+        code, _, err = call("load", f"{url}/predict/m", "--concurrency", "2", "--seconds", "0.2")
+        assert (code, err.partition(": it")[2]) == (1, " answered 401.\n")
+    finally:
+        assert stop(process) == (0, [])
