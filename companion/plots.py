@@ -360,3 +360,55 @@ def plot_speed_ups(found: Mapping[str, Any]) -> Picture:
         if len(found) > 1:
             figure.legend(loc="outside upper right", ncols=len(found), frameon=False, fontsize=8)
     return figure
+
+
+MARKS = "os^Dv*PX"
+
+
+def plot_load(found: Mapping[str, Mapping[int, Any]], *, percentile: float = 50.0) -> Picture:
+    """Latency against throughput of several servers, each a line from few connections to many: right and low is best.
+
+    Args:
+        found: by server, what its clients saw by the number of connections, which is written at each point; each has
+            a ``throughput`` and a method ``latency(percentile)``, as `companion.serve.load.Load` and
+            `companion.serve.Simulated` have.
+        percentile: of the latencies, in 0..100.
+    """
+    with rc_context(STYLE):
+        figure = Picture(figsize=(7, 4))
+        axis = figure.subplots()
+        for (name, runs), mark in zip(found.items(), itertools.cycle(MARKS)):
+            points = [(run.throughput, 1e3 * run.latency(percentile)) for _, run in sorted(runs.items())]
+            axis.plot(*np.reshape(points, (-1, 2)).T, marker=mark, markerfacecolor="white", label=name)
+            for connections, point in zip(sorted(runs), points, strict=True):
+                axis.annotate(str(connections), point, xytext=(4, 4), textcoords="offset points", fontsize=8)
+        axis.set(xscale="log", yscale="log", xlabel="answers a second   (better →)")
+        axis.set_ylabel(f"(← better)   latency in ms, {'median' if percentile == 50 else f'p{percentile:g}'}")
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_major_formatter("{x:g}")
+        if found:
+            figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    return figure
+
+
+def plot_batches(found: Mapping[str, Iterable[int]]) -> Picture:
+    """In batches of which size the items went through the model: a row of bars for each server.
+
+    Args:
+        found: by server, the sizes of its batches. A bar is the share of all items, so that a few large batches weigh
+            as much as the many small ones that they replace.
+    """
+    sizes = {
+        name: np.bincount(np.asarray(list(batches), dtype=np.int64), minlength=1) for name, batches in found.items()
+    }
+    with rc_context(STYLE):
+        figure = Picture(figsize=(7, 0.6 + 1.1 * max(1, len(sizes))))
+        axes = figure.subplots(max(1, len(sizes)), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+        for axis, (name, times) in zip(axes, sizes.items(), strict=False):
+            items = times * np.arange(len(times))
+            axis.bar(np.arange(len(times)), 100 * items / max(1, items.sum()), color=COLOURS[0])
+            axis.set_title(name, fontsize=9, loc="left")
+            axis.set_ylabel("% of items", fontsize=8)
+        axes[-1].set_xlabel("items in the batch")
+        axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure

@@ -17,6 +17,7 @@ BENCHES: dict[str, str] = {
     "engines": "companion.bench.engines",
     "roofline": "companion.bench.roofline",
     "instructions": "companion.bench.instructions",
+    "serving": "companion.bench.serving",
     "segmentation": "companion.bench.segmentation",
 }
 

@@ -12,7 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from companion.errors import CompanionError
-from companion.serve.batching import BatchQueue, Entry, QueueFull
+from companion.serve.batching import TICK, BatchQueue, Entry, QueueFull
+
+INSTANT = 1e-6  # seconds; the fastest of real clients take longer
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,8 @@ class Simulated:
     """Requests that found the queue full."""
 
     def latency(self, percentile: float = 50.0) -> float:
-        """A percentile of the latencies in seconds."""
-        return float(np.percentile(self.latencies, percentile))
+        """A percentile of the latencies in seconds; not a number if there is none."""
+        return float(np.percentile(self.latencies, percentile)) if len(self.latencies) else math.nan
 
 
 def open_loop(rate: float, seconds: float, seed: int = 0) -> NDArray[np.float64]:
@@ -47,6 +49,9 @@ def simulate(
     rate: float | None = None,
     http: float = 0.0002,
     away: float = 0.0005,
+    generator: float = 0.0,
+    wake: float = 0.0,
+    shared: float = 0.0,
     policy: str = "idle",
     max_batch_size: int = 32,
     max_wait_ms: float = 2.0,
@@ -60,13 +65,18 @@ def simulate(
     ``rate``, the requests a second of many who know nothing of each other (an open loop, Poisson arrivals).
 
     Args:
-        cost: items in a call of the model → seconds it takes.
+        cost: items in a call of the model → seconds it takes, above 0; such as `CallCost.seconds`.
         clients: how many, from 1.
         rate: requests a second.
-        http: seconds of the event loop for each request, half to read it and half to answer. The loop does one thing at
-            a time, and the model runs beside it.
+        http: seconds of the event loop for each request: a quarter to read it, a quarter to queue it a turn later, and
+            half to answer. The loop does one thing at a time, and the model runs beside it.
         away: seconds from an answer to the client's next request, for its own work and the network both ways. That is
             the average of 0.5 to 1.5 times as much: real clients are not in step.
+        generator: seconds that a load generator works for each request, half to send it and half to take the answer.
+            All clients share it, and it does one thing at a time; 0 for clients with machines of their own.
+        wake: seconds until the model's thread hears of a batch, and again until the loop hears of the answers.
+        shared: the share of the loop's work that a call of the model which runs meanwhile waits for, in 0..1: 1 where
+            both need the one lock of the interpreter.
         policy, max_batch_size, max_wait_ms, max_queue: as those of `Batcher`.
         seconds: of the made-up clock.
         seed: of the arrivals.
@@ -81,80 +91,136 @@ def simulate(
     for name, value in (("rate", rate), ("seconds", seconds)):
         if value is not None and not 0 < value < math.inf:
             raise CompanionError(f"{name} is {value!r}: give a finite number above 0.")
-    for name, value in (("http", http), ("away", away)):
+    for name, value in (("http", http), ("away", away), ("generator", generator), ("wake", wake)):
         if not 0 <= value < math.inf:
             raise CompanionError(f"{name} is {value!r}: give a finite number from 0.")
-    if clients is not None and http + away == 0 and clients > max_queue:
+    if not 0 <= shared <= 1:
+        raise CompanionError(f"shared is {shared!r}: give a share from 0 to 1.")
+    if not 0 < cost(1) < math.inf:
+        raise CompanionError(f"the model takes {cost(1)!r} s for one item: give a cost above 0.")
+    if clients is not None and http + away + generator < INSTANT and clients > max_queue:
         raise CompanionError("clients who are refused and ask again at once would never let time pass: give away.")
     queue = BatchQueue(max_batch_size=max_batch_size, max_wait=max_wait_ms / 1e3, max_queue=max_queue, policy=policy)
-    events: list[tuple[float, int, Callable[[float], float]]] = []
+    events: list[tuple[float, int, Callable[[float], None]]] = []
     order = count()
     latencies: list[float] = []
     sizes: list[int] = []
     rejected, warm = 0, seconds / 10
-    timer = -1  # the number of the look that counts: it replaces those before it
+    # The event loop does what is ready, then reads what has come meanwhile, which makes more ready: that is a turn.
+    ready: list[Callable[[float], float]] = []
+    inbox: list[Callable[[float], float]] = []
+    asleep, looks, timer = True, False, 0
+    worked = 0.0  # seconds of the loop
+    generator_free = 0.0
 
-    def at(when: float, what: Callable[[float], float]) -> None:
-        """Have the loop do something from ``when`` on; it says when it is done with it."""
+    def at(when: float, what: Callable[[float], None]) -> None:
         heapq.heappush(events, (when, next(order), what))
 
-    def send(when: float) -> None:
-        at(when, lambda now: receive(when, now + http / 2))
+    def arrive(what: Callable[[float], float], now: float) -> None:
+        """Something that the loop reads when it has time."""
+        nonlocal asleep
+        inbox.append(what)
+        if asleep:
+            asleep = False
+            at(now, partial(work, inbox, True))
 
-    def receive(sent: float, now: float) -> float:
+    def work(todo: list[Callable[[float], float]], reads: bool, began: float) -> None:
+        nonlocal asleep, worked
+        now, doing = began, todo.copy()
+        todo.clear()
+        for what in doing:
+            before, now = now, what(now)
+            worked += now - before
+        asleep = reads and not ready
+        if not asleep:
+            at(now, partial(work, ready if reads else inbox, not reads))
+
+    def generate(what: Callable[[float], None], now: float) -> None:
+        """The load generator does one thing after the other, half a request each."""
+        nonlocal generator_free
+        generator_free = max(now, generator_free) + generator / 2
+        what(generator_free)
+
+    def ask(due: float | None, now: float) -> None:
+        began = now - generator / 2
+        at(now, partial(arrive, partial(read, began if due is None else due)))
+
+    def read(due: float, now: float) -> float:
+        ready.append(partial(add, due))
+        return now + http / 4
+
+    def add(due: float, now: float) -> float:
         nonlocal rejected
+        now += http / 4
         try:
-            queue.add([sent], now)
+            queue.add([due], now)
         except QueueFull:
             rejected += now >= warm
-            return answer(sent, now, counts=False)
-        wake(now)
+            ready.append(partial(reply, due, False))
+        else:
+            wake_up(now)
         return now
 
-    def wake(now: float) -> None:
-        if not queue.busy:
-            look_at(now)
+    def wake_up(now: float) -> float:
+        nonlocal looks, timer
+        timer += 1  # so that one that was set is for nobody
+        if not looks and not queue.busy:
+            looks = True
+            ready.append(look)
+        return now
 
-    def look(number: int, now: float) -> float:
-        if number != timer:
-            return now
+    def look(now: float) -> float:
+        nonlocal looks
+        looks = False
         found = queue.look(now)
         if isinstance(found, list):
             sizes.append(len(found))
-            seconds = cost(len(found))
-            at(now + seconds, lambda then: finish(found, seconds, then))
+            taken = cost(len(found))
+            at(now + wake + taken + wake, partial(end, found, taken, worked))
+        elif found == now:
+            wake_up(now)
         elif found is not None:
-            look_at(found)
+            at(max(found, now + TICK), partial(arrive, partial(ring, timer)))
         return now
 
-    def look_at(when: float) -> None:
-        nonlocal timer
-        timer = next(order)
-        what: Callable[[float], float] = partial(look, timer)
-        heapq.heappush(events, (when, timer, what))
+    def ring(number: int, now: float) -> float:
+        return wake_up(now) if number == timer else now
 
-    def finish(batch: list[Entry], seconds: float, now: float) -> float:
-        queue.finish(now, seconds)
-        for entry in batch:
-            at(now, partial(reply, entry.item))
-        wake(now)
+    def end(batch: list[Entry], taken: float, before: float, now: float) -> None:
+        if (meanwhile := shared * (worked - before)) > 0:
+            at(now + meanwhile, partial(end, batch, taken + meanwhile, worked))
+        else:
+            arrive(partial(hear, batch, taken), now)
+
+    def hear(batch: list[Entry], taken: float, now: float) -> float:
+        ready.append(partial(finish, batch, taken))
         return now
 
-    def reply(sent: float, now: float) -> float:
-        return answer(sent, now + http / 2)
+    def finish(batch: list[Entry], taken: float, now: float) -> float:
+        queue.finish(now, taken)
+        ready.extend(partial(reply, entry.item, True) for entry in batch)
+        return wake_up(now)
 
-    def answer(sent: float, now: float, counts: bool = True) -> float:
-        if counts and now >= warm:
-            latencies.append(now - sent)
+    def reply(due: float, right: bool, now: float) -> float:
+        now += http / 2
+        at(now, partial(generate, partial(answer, due, right)))
+        return now
+
+    def answer(due: float, right: bool, now: float) -> None:
+        if right and warm <= now < seconds:
+            latencies.append(now - due)
         if clients is not None:
-            send(now + away * random.uniform(0.5, 1.5))
-        return now
+            at(now + away * random.uniform(0.5, 1.5), partial(generate, partial(ask, None)))
 
     random = np.random.default_rng(seed)
-    for start in (np.zeros(clients or 0) if rate is None else open_loop(rate, seconds, seed)).tolist():
-        send(start)
-    free = 0.0  # when the loop is
-    while events and max(events[0][0], free) < seconds:
+    if clients is None:
+        for arrival in open_loop(rate or 0.0, seconds, seed).tolist():
+            at(arrival, partial(generate, partial(ask, arrival)))
+    else:
+        # One after the other: were they in step from the start, nothing might ever bring them out of it.
+        for start in random.uniform(0, clients * (http + cost(1)), clients).tolist():
+            at(start, partial(generate, partial(ask, None)))
+    while events and events[0][0] < seconds:
         when, _, what = heapq.heappop(events)
-        free = what(max(when, free))
+        what(when)
     return Simulated(len(latencies) / (seconds - warm), np.array(latencies), np.array(sizes), rejected)

@@ -222,3 +222,41 @@ def test_speed_ups_are_inverse_ratios_with_their_intervals():
     ends = [segment[:, 0] for container in axis.containers for segment in container.lines[2][0].get_segments()]
     np.testing.assert_allclose(ends, [[1.25, 2.5], [0.25, 1.0], [2.0, 5.0]])
     assert [text.get_text() for text in picture.legends[0].get_texts()] == ["one", "many"]
+
+
+def seen(throughput, *latencies):
+    return SimpleNamespace(throughput=throughput, latency=lambda percentile: np.percentile(latencies, percentile))
+
+
+def test_load_is_a_line_for_each_server_from_few_connections_to_many():
+    found = {"one": {8: seen(200, 0.04), 1: seen(100, 0.01)}, "many": {1: seen(90, 0.02, 0.04)}}
+    picture = plots.plot_load(found)
+    (axis,) = picture.axes
+    one, many = axis.lines
+    assert one.get_xydata().tolist() == [[100, 10], [200, 40]]
+    assert many.get_xydata().tolist() == [[90, 30]]
+    for ours, theirs in zip(looks(one), looks(many), strict=True):
+        assert ours != theirs  # in colour, line and mark
+    assert [(text.get_text(), text.xy) for text in axis.texts] == [("1", (100, 10)), ("8", (200, 40)), ("1", (90, 30))]
+    assert [text.get_text() for text in picture.legends[0].get_texts()] == ["one", "many"]
+    assert axis.get_ylabel() == "(← better)   latency in ms, median"
+    slow = plots.plot_load(found, percentile=100).axes[0]
+    assert slow.lines[1].get_xydata().tolist() == [[90, 40]]
+    assert slow.get_ylabel() == "(← better)   latency in ms, p100"
+    assert picture._repr_png_()
+    assert plots.plot_load({})._repr_png_()
+
+
+def looks(line):
+    return line.get_color(), line.get_linestyle(), line.get_marker()
+
+
+def test_batches_are_shares_of_the_items():
+    picture = plots.plot_batches({"idle": [1, 1, 2, 4], "fixed": [8]})
+    upper, lower = picture.axes
+    assert [bar.get_height() for bar in upper.patches] == pytest.approx([0, 25, 25, 0, 50])
+    assert [bar.get_height() for bar in lower.patches] == pytest.approx([0] * 8 + [100])
+    assert [axis.get_title(loc="left") for axis in picture.axes] == ["idle", "fixed"]
+    assert picture._repr_png_()
+    assert plots.plot_batches({})._repr_png_()
+    assert plots.plot_batches({"none": []})._repr_png_()

@@ -43,13 +43,55 @@ def test_a_batch_of_all_is_the_bound_of_a_closed_loop():
 
 @pytest.mark.parametrize(
     ("policy", "wait", "throughput", "p50"),
-    [("idle", 2, 173, 46), ("fixed", 2, 223, 36), ("fixed", 10, 183, 44), ("hold", 10, 227, 35)],
+    [("idle", 2, 173, 46), ("fixed", 10, 183, 44), ("hold", 10, 227, 35)],
 )
 def test_as_another_simulation_of_eight_clients(policy, wait, throughput, p50):
     """Of the same costs, written before this one; clients that need a millisecond split into halves when idle."""
     found = simulate(resnet18, clients=8, away=0.001, policy=policy, max_wait_ms=wait)
     assert found.throughput == pytest.approx(throughput, rel=0.1)
     assert 1e3 * found.latency() == pytest.approx(p50, rel=0.1)
+
+
+@pytest.mark.parametrize("policy", ["idle", "fixed"])
+def test_clients_out_of_step_stay_in_groups_that_take_turns(policy):
+    """While one group is in the model the other is answered and asks again; nothing brings them together. The cost is
+    linear, so two groups take as long as two halves would."""
+    found = simulate(resnet18, clients=8, http=0, away=0.001, policy=policy, max_wait_ms=2)
+    assert found.throughput == pytest.approx(4 / resnet18(4), rel=0.05)
+    late = found.batch_sizes[len(found.batch_sizes) // 2 :]
+    assert set(late[1:] + late[:-1]) == {8}
+
+
+def test_a_request_by_hand():
+    """Sent 1, read and queued 2, to the thread 3, the model 10, back 3, answered 2, taken 1."""
+    times = {"generator": 0.002, "http": 0.004, "wake": 0.003, "away": 0}
+    found = simulate(lambda n: 0.010, clients=1, **times)
+    np.testing.assert_allclose(found.latencies, 0.022)
+    assert found.throughput == pytest.approx(1 / 0.022, rel=0.01)
+
+
+@pytest.mark.parametrize(("shared", "period"), [(0, 0.012), (0.5, 0.013), (1, 0.014)])
+def test_the_loop_holds_up_the_model_by_what_they_share(shared, period):
+    """Two clients, one at a time: after a call of 10 one is answered (2), then the other's call begins, and while it
+    runs the first is read and queued again (1 + 1)."""
+    found = simulate(lambda n: 0.010, clients=2, http=0.004, away=0, shared=shared, max_batch_size=1)
+    assert found.throughput == pytest.approx(1 / period, rel=0.01)
+
+
+def test_a_load_generator_is_a_bottleneck_too():
+    found = simulate(lambda n: 1e-6, clients=64, http=0, away=0, generator=0.001, seconds=2)
+    assert found.throughput == pytest.approx(1000, rel=0.01)
+
+
+def test_clients_who_are_refused_come_again():
+    """Four clients and one place to wait: the model works without a pause, and who is refused asks once a turn."""
+    found = simulate(lambda n: 0.01, clients=4, http=0, away=0.001, max_batch_size=1, max_queue=1)
+    assert found.throughput == pytest.approx(100, rel=0.01)
+    assert found.rejected == pytest.approx(2 * 9 / 0.001, rel=0.1)
+
+
+def test_the_latency_of_nobody_is_not_a_number():
+    assert np.isnan(simulate(cnn, rate=1e-9, seconds=0.01).latency())
 
 
 def test_waiting_100_ms_is_the_worst_of_both():
@@ -86,9 +128,18 @@ def test_the_seed_decides():
         ({"clients": 1, "seconds": float("inf")}, "seconds is inf"),
         ({"rate": 1, "http": -1}, "http is -1"),
         ({"rate": 1, "away": float("nan")}, "away is nan"),
+        ({"rate": 1, "generator": -1}, "generator is -1"),
+        ({"rate": 1, "wake": float("inf")}, "wake is inf"),
+        ({"rate": 1, "shared": 1.5}, "shared is 1.5"),
+        ({"clients": 10, "http": 0, "away": 0, "wake": 0.001, "max_queue": 2}, "would never let time pass: give away"),
         ({"clients": 10, "http": 0, "away": 0, "max_queue": 2}, "would never let time pass: give away"),
     ],
 )
 def test_wrong_values_are_refused(options, said):
     with pytest.raises(CompanionError, match=said):
         simulate(cnn, **options)
+
+
+def test_a_model_that_takes_no_time_is_refused():
+    with pytest.raises(CompanionError, match="takes 0 s for one item"):
+        simulate(lambda n: 0, clients=1)
