@@ -1,7 +1,7 @@
 """Servers as processes of their own, to be measured: ours, and the plain ones that it has to beat (2.3.2).
 
-``python -m companion.bench.servers HANDLER MODEL`` starts a plain one: uvicorn, a few lines of ASGI and no framework,
-so that what they lack is the batcher and nothing else.
+``python -m companion.bench.servers MODEL`` starts the plain ones, each under a path of its name: uvicorn, a few lines
+of ASGI and no framework, so that what they lack is the batcher and nothing else.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ import urllib.request
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +47,8 @@ async def blank(classify: Answers, image: bytes) -> Any:
 HANDLERS: dict[str, Handler] = {handler.__name__: handler for handler in (synchronous, threads, blank)}
 
 
-def plain_app(handler: Handler, classify: Answers) -> Callable[..., Awaitable[None]]:
-    """ASGI: whatever is asked is an image for ``handler``."""
+def plain_app(classify: Answers) -> Callable[..., Awaitable[None]]:
+    """ASGI: whatever is asked is an image for the handler that the path names."""
     from companion.serve.app import encode
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -56,7 +56,7 @@ def plain_app(handler: Handler, classify: Answers) -> Callable[..., Awaitable[No
         while more:
             message = await receive()
             body, more = body + message.get("body", b""), message.get("more_body", False)
-        content = encode([await handler(classify, body)])
+        content = encode([await HANDLERS[scope["path"][1:]](classify, body)])
         lines = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(content))]
         await send({"type": "http.response.start", "status": 200, "headers": lines})
         await send({"type": "http.response.body", "body": content})
@@ -72,15 +72,15 @@ def classifier(model: str | Path) -> Answers:
     return Classifier(engines.load(model, engines.suited(model), threads=1), max_pixels=10**6)
 
 
-def main(name: str, model: str) -> None:
+def main(model: str) -> None:
     """Serve on a free port of this machine until SIGTERM, and say at which address."""
     import socket
 
     import uvicorn
 
-    app = plain_app(HANDLERS[name], classifier(model))
+    app = plain_app(classifier(model))
     with socket.create_server(("127.0.0.1", 0), backlog=2048) as listening:
-        print(f"{model} at http://127.0.0.1:{listening.getsockname()[1]}/predict", flush=True)
+        print(f"{model} at http://127.0.0.1:{listening.getsockname()[1]}/blank", flush=True)
         uvicorn.Server(uvicorn.Config(app, lifespan="off", access_log=False, log_level="warning")).run([listening])
 
 
@@ -90,6 +90,10 @@ class Running:
 
     url: str
     process: "subprocess.Popen[str]"
+
+    def at(self, handler: str) -> "Running":
+        """A plain server's address for one of `HANDLERS`."""
+        return replace(self, url=f"{self.url.rpartition('/')[0]}/{handler}")
 
     def cpu(self) -> float:
         """Seconds of processor time that all its threads have had; not a number where Linux does not say."""
@@ -151,9 +155,9 @@ def together(starts: Mapping[str, AbstractContextManager[Running]]) -> Iterator[
         yield dict(zip(starts, running, strict=True))
 
 
-def plain(handler: str, model: Path) -> AbstractContextManager[Running]:
-    """A plain server, `running`."""
-    return running("companion.bench.servers", handler, str(model))
+def plain(model: Path) -> AbstractContextManager[Running]:
+    """A server with all `HANDLERS`, `running`."""
+    return running("companion.bench.servers", str(model))
 
 
 def batching(model: Path, *options: str) -> AbstractContextManager[Running]:
@@ -162,4 +166,4 @@ def batching(model: Path, *options: str) -> AbstractContextManager[Running]:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1])

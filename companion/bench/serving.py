@@ -123,10 +123,12 @@ def _measure(connections: int) -> list[Row]:
     with ExitStack() as stack:
         model = Path(stack.enter_context(tempfile.TemporaryDirectory())) / f"{NETWORK}.safetensors"
         models.save(models.create(NETWORK, seed=0), model)
-        starts = {name: servers.plain(name, model) for name in PLAIN}
+        starts = {"plain": servers.plain(model)}
         for name, (policy, wait) in policies.items():
             starts[name] = servers.batching(model, "--policy", policy, "--max-wait-ms", str(wait))
         there = stack.enter_context(servers.together(starts))
+        plain = there.pop("plain")
+        there = {name: plain.at(name) for name in PLAIN} | there
         checked = alone(there["synchronous"].url, anything)
 
         def put(name: str, connections: int) -> _Seen:

@@ -73,6 +73,7 @@ def call_costs(server: Running, request: Callable[[int], Any], seconds: float) -
 def hand_over() -> float:
     """Seconds from one thread to the other in which neither of them works: a batcher with nothing to do."""
     from companion.serve import Batcher
+    from companion.serve.load import complete
 
     async def measure() -> float:
         async with Batcher(list) as batcher:
@@ -81,7 +82,7 @@ def hand_over() -> float:
                 await batcher.submit(item)
             return (time.perf_counter() - began - (time.process_time() - worked)) / CALLS
 
-    return max(0.0, asyncio.run(measure()) / 2)  # there and back
+    return max(0.0, complete(measure()) / 2)  # there and back
 
 
 def shared(predict: Callable[[list[Any]], Sequence[Any]], images: Sequence[Any], *, calls: int = CALLS) -> float:
@@ -90,6 +91,7 @@ def shared(predict: Callable[[list[Any]], Sequence[Any]], images: Sequence[Any],
     Calls with and without a burst of such work beside them take turns; the medians are compared.
     """
     from companion.serve import Batcher
+    from companion.serve.load import complete
 
     taken: dict[bool, list[float]] = {False: [], True: []}
 
@@ -107,6 +109,6 @@ def shared(predict: Callable[[list[Any]], Sequence[Any]], images: Sequence[Any],
                 taken[beside].append(seconds.pop())
 
     seconds: list[float] = []
-    asyncio.run(measure())
+    complete(measure())
     longer = median(taken[True]) - median(taken[False])
     return min(max(longer / BURST, 0.0), 1.0)

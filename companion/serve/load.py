@@ -5,10 +5,11 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -21,6 +22,8 @@ try:
     import httptools
 except ImportError as error:
     raise CompanionError("the load generator needs httptools: pip install httptools.") from error
+
+T = TypeVar("T")
 
 MOST_CONNECTIONS = 1024  # of an open loop: beyond that the machine's own limits would be measured
 PAUSE = 0.05  # seconds after a connection that could not be had
@@ -115,9 +118,9 @@ def load(
         raise CompanionError("there is nothing to send: give one request or more.")
     clients = _Clients(url, requests, timeout, token)
     if concurrency is not None:
-        return asyncio.run(clients.closed(concurrency, seconds))
+        return complete(clients.closed(concurrency, seconds))
     assert rate is not None
-    return asyncio.run(clients.open(open_loop(rate, seconds, seed)))
+    return complete(clients.open(open_loop(rate, seconds, seed)))
 
 
 def alone(url: str, requests: Sequence[Request], *, timeout: float = 10.0, token: str | None = None) -> list[Request]:
@@ -129,7 +132,7 @@ def alone(url: str, requests: Sequence[Request], *, timeout: float = 10.0, token
     told = []
     for number, each in enumerate(requests):
         clients = _Clients(url, [each], timeout, token)
-        status, body = asyncio.run(clients.once())
+        status, body = complete(clients.once())
         try:
             predictions = json.loads(body)["predictions"] if status == 200 else None
         except (ValueError, KeyError, TypeError):
@@ -138,6 +141,16 @@ def alone(url: str, requests: Sequence[Request], *, timeout: float = 10.0, token
             raise CompanionError(f"{url} has no predictions for request {number}: it answered {status}.")
         told.append(replace(each, expected=predictions))
     return told
+
+
+def complete(coroutine: Coroutine[Any, Any, T]) -> T:
+    """`asyncio.run`, also where a loop runs already, as in a notebook: then in a thread of its own."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(coroutine)
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, coroutine).result()
 
 
 class _Clients:

@@ -100,8 +100,10 @@ def test_plain_servers_answer_as_the_network_does(tmp_path):
     models.save(models.create("simple_cnn", seed=0), model)
     image = serving.pictures(1)[0]
     (answer,) = servers.classifier(model)([image])
-    with servers.plain("threads", model) as server:
-        found = load(server.url, [Request(image, "image/png", [answer.class_id])], concurrency=4, seconds=0.3)
+    with servers.plain(model) as server:
+        found = load(
+            server.at("threads").url, [Request(image, "image/png", [answer.class_id])], concurrency=4, seconds=0.3
+        )
         assert found.failures == {}
         assert len(found.latencies) >= 4
         spent = server.cpu()

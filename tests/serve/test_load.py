@@ -11,7 +11,7 @@ import pytest
 from companion import CompanionError
 
 pytest.importorskip("httptools", reason="the extra serve is not installed")
-from companion.serve.load import Load, Request, load
+from companion.serve.load import Load, Request, complete, load
 
 
 async def read(reader):
@@ -253,3 +253,14 @@ def test_nothing_to_send():
 def test_nobody_listens():
     with pytest.raises(CompanionError, match=r"nobody answers at http://127\.0\.0\.1:9/predict"):
         load("http://127.0.0.1:9/predict", NUMBERS, concurrency=2)
+
+
+def test_coroutines_run_where_a_loop_runs_already():
+    async def answer():
+        await asyncio.sleep(0)
+        return 42
+
+    async def notebook():
+        return complete(answer())
+
+    assert complete(answer()) == asyncio.run(notebook()) == 42
