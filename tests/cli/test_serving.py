@@ -104,7 +104,7 @@ def test_two_workers_on_one_port_count_together(weights, call):
 def test_wrong_calls(weights, call, tmp_path):
     (tmp_path / "a.onnx").write_bytes(b"x")
     for arguments, said in (
-        (["serve", "text", "--model", weights], "there is no server for 'text'"),
+        (["serve", "sound", "--model", weights], "there is no server for 'sound': choose image or text"),
         (["serve", "image", "--model", tmp_path / "none.onnx"], "there is no file"),
         (["serve", "image", "--model", tmp_path / "a.onnx"], "is not an ONNX file or is damaged"),
         (["serve", "image", "--model", weights, "--policy", "eager"], "policy is 'eager': Input should be 'idle'"),

@@ -22,7 +22,7 @@ LONG = ("cifar_resnet50", "cifar_resnet56", "fcn_resnet50", *(f"yolov5{variant}"
 OURS = [
     pytest.param(name, marks=pytest.mark.stress if name in LONG else ())
     for name in models.names()
-    if name not in TORCHVISION
+    if name not in TORCHVISION and models.task(name) != "text"
 ]
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
-from companion import CompanionError, models
+from companion import CompanionError, engines, models
 from companion.compress import channel_graph
 from companion.compress.graph import FROZEN
 
@@ -333,8 +333,8 @@ def test_every_layer_of_the_networks_is_understood(name):
     own = name in models.names()
     with torch.device("meta"):
         network = models.create(name) if own else getattr(torchvision.models, name)()
-    side = models.image_size(name) if own else 224
-    graph = channel_graph(network, torch.zeros(1, 3, side, side))
+    example = engines.example_for(network).to("meta") if own else torch.zeros(1, 3, 224, 224)
+    graph = channel_graph(network, example)
     stay = {layer for (layer, kind), labels in graph.labels.items() if kind == "out" and (labels == FROZEN).any()}
     if name == "vit_b_16":
         expected = {f"encoder.layers.encoder_layer_{i}.mlp.3" for i in range(12)} | {"conv_proj", "heads.head"}

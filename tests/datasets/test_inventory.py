@@ -14,10 +14,11 @@ def test_the_catalogue_has_every_name():
     entries = datasets.catalogue()
     assert [entry.name for entry in entries] == datasets.names()
     assert {entry.name: entry.state for entry in entries} == {
-        **dict.fromkeys(("digits", "hard_digits", "digit_scenes"), "built in"),
-        **dict.fromkeys(("cifar10", "camvid"), "missing"),
+        **dict.fromkeys(("digits", "hard_digits", "digit_scenes", "docstrings"), "built in"),
+        **dict.fromkeys(("cifar10", "camvid", "ag_news"), "missing"),
     }
     assert {entry.name for entry in entries if entry.task == "segment"} == {"digit_scenes", "camvid"}
+    assert {entry.name for entry in entries if entry.task == "text"} == {"docstrings", "ag_news"}
     assert all(entry.source and entry.size and entry.terms for entry in entries)
 
 

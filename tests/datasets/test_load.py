@@ -9,7 +9,7 @@ from companion import CompanionError, datasets
 
 
 def test_names():
-    assert datasets.names() == ["digits", "hard_digits", "digit_scenes", "cifar10", "camvid"]
+    assert datasets.names() == ["digits", "hard_digits", "digit_scenes", "docstrings", "cifar10", "camvid", "ag_news"]
 
 
 @pytest.mark.parametrize("name", ["mnist", "", "folder", "folder:", "digits:8", "Digits"])

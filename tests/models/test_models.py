@@ -19,7 +19,7 @@ PARAMETERS = {
     "unet": 73_848 + 2_744 + 36_512 + 99,
 }
 LARGE = ("yolov5m", "yolov5l", "yolov5x")  # as yolov5s, with more of everything: on the meta device only
-COMPUTED = [name for name in models.names() if name not in LARGE]
+COMPUTED = [name for name in models.names() if name not in LARGE and models.task(name) != "text"]
 # torchvision runs one ReLU module three times a block, YOLOv5 one pooling three times in a row.
 ONE_RUN_A_MODULE = [name for name in COMPUTED if name != "fcn_resnet50" and models.task(name) != "detect"]
 TASKS = {"unet": "segment", "lraspp_mobilenet_v3_large": "segment", "fcn_resnet50": "segment"}

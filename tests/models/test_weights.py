@@ -34,7 +34,7 @@ def edit(path, *, tensors=None, **changes):
     save_file(load_file(path) if tensors is None else tensors, path, metadata)
 
 
-@pytest.mark.parametrize("name", models.names())
+@pytest.mark.parametrize("name", [name for name in models.names() if models.task(name) != "text"])
 def test_round_trip_gives_the_same_answers(name, tmp_path):
     settings = {"width": 8} if "resnet" in name and not name.startswith("fcn") else {}  # quicker
     if name.startswith("yolov5"):
