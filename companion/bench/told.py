@@ -37,7 +37,7 @@ class Told:
 
         return simulate(
             self.cost, http=self.http, away=self.away, generator=self.generator, wake=self.wake, shared=self.shared,
-            max_batch_size=max(self.costs), **options,
+            **{"max_batch_size": max(self.costs)} | options,
         )  # fmt: skip
 
 
@@ -51,14 +51,20 @@ def form(images: Sequence[bytes]) -> Any:
     return Request(parts + b"--" + edge + b"--\r\n", f"multipart/form-data; boundary={edge.decode()}")
 
 
-def call_costs(server: Running, images: Sequence[bytes], seconds: float) -> dict[int, float]:
-    """Items in a call → seconds of it, from one client who sends so many images at once, by what the server counts."""
+def call_costs(server: Running, request: Callable[[int], Any], seconds: float) -> dict[int, float]:
+    """Items in a call → seconds of it, by what the server counts for one client.
+
+    Args:
+        server: with nobody else asking.
+        request: makes a `companion.serve.load.Request` of so many items.
+        seconds: for each size.
+    """
     from companion.serve.load import load
 
     found = {}
     for size in SIZES:
         before = server.metric("model_seconds_sum"), server.metric("model_seconds_count")
-        load(server.url, [form(images[:size])], concurrency=1, seconds=seconds)
+        load(server.url, [request(size)], concurrency=1, seconds=seconds)
         after = server.metric("model_seconds_sum"), server.metric("model_seconds_count")
         found[size] = (after[0] - before[0]) / (after[1] - before[1])
     return found
