@@ -146,7 +146,9 @@ def _measure(connections: int) -> list[Row]:
             # What the simulation is told comes from runs of their own.
             apart.append(put(first, connections))
             nothing.append(put("blank", 1))
-            costs.append(told.call_costs(there[first], lambda size: told.form(images[:size]), SECONDS / len(told.SIZES)))
+            costs.append(
+                told.call_costs(there[first], lambda size: told.form(images[:size]), SECONDS / len(told.SIZES))
+            )
         rows = {name: _row(name, connections, each) for name, each in seen.items()}
         if math.isnan(apart[0].cpu):  # not Linux
             return list(rows.values())

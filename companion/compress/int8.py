@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from functools import cache
 from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,7 @@ def quantize_onnx(
     per_channel: bool = True,
     exclude: str | Collection[str] = (),
     bias: bool = True,
+    weight_bits: int | None = None,
 ) -> QuantizedFile:
     """Write an ONNX file of the same network with 8-bit weights, and in the right mode 8-bit arithmetic.
 
@@ -96,6 +98,9 @@ def quantize_onnx(
             shares in 0..1 lie in one tensor, and of one scale for both nothing is left of the shares.
         bias: store biases as int32, too, in mode ``static`` by ONNX Runtime. TensorRT refuses such a file, and uint8
             activations: for it, give False, which leaves biases in float and activations symmetric, in int8.
+        weight_bits: of the int8 that a weight takes, in mode ``static`` by ONNX Runtime: 8, or 7 for processors that
+            add two products in 16 bits (see `saturates`), on which large ones would be cut off. If not given, what
+            suits this processor; a file for others should name it.
 
     Returns:
         What was written, with its size and how far its answers are from those of ``path``.
@@ -113,6 +118,10 @@ def quantize_onnx(
     check_observer(method, percentile)
     if not bias and (mode, backend) != ("static", "onnxruntime"):
         raise CompanionError("biases are quantized in mode static by onnxruntime only: leave out bias.")
+    if weight_bits is not None:
+        _check_choice("weight_bits", weight_bits, (7, 8))
+        if (mode, backend) != ("static", "onnxruntime"):
+            raise CompanionError("weight_bits is for mode static by onnxruntime only: leave it out.")
     if backend == "nncf" and (mode, method, per_channel) != ("static", "minmax", True):
         raise CompanionError("nncf quantizes statically, by minmax and per channel only: keep these defaults.")
     out = Path(out)
@@ -142,7 +151,8 @@ def quantize_onnx(
         if not nodes:
             raise CompanionError(f"{path} has no weights to quantize: no convolution and no linear layer.")
         kept = [*_excluded(exclude, model), *(_mean(model) if texts else ())]
-        made = make(_Job(model, folder, batches, kept, per_channel, share, bias))
+        narrow = saturates() if weight_bits is None else weight_bits == 7
+        made = make(_Job(model, folder, batches, kept, per_channel, share, bias, narrow))
         content = _tidied(made, path)
     with OnnxRuntimeEngine(content, threads=1) as engine:
         found = [engine.run(batch) for batch in batches]
@@ -152,9 +162,35 @@ def quantize_onnx(
     return QuantizedFile(out, mode, backend, len(content), model_bytes(path), _integers(made), len(nodes), worst)
 
 
-def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+@cache
+def saturates() -> bool:
+    """Whether ONNX Runtime's 8-bit products are cut off on this processor.
+
+    Without the instructions called VNNI, x86 multiplies uint8 by int8 and adds two of the products in 16 bits:
+    2·255·127 does not fit, 2·255·64 does. Tried with the largest numbers there are.
+
+    Source: ONNX Runtime, Quantize ONNX models, "When and why do I need to try reduce_range?".
+    """
+    from onnx import TensorProto, helper
+
+    weights = helper.make_tensor("w", TensorProto.INT8, (64, 1), [127] * 64)
+    graph = helper.make_graph(
+        [helper.make_node("MatMulInteger", ["x", "w"], ["y"])],
+        "products",
+        [helper.make_tensor_value_info("x", TensorProto.UINT8, (1, 64))],
+        [helper.make_tensor_value_info("y", TensorProto.INT32, (1, 1))],
+        [weights],
+    )
+    # Versions that the oldest ONNX Runtime here can read.
+    model = helper.make_model(graph, ir_version=9, opset_imports=[helper.make_opsetid("", 13)])
+    with OnnxRuntimeEngine(model.SerializeToString(), threads=1) as engine:
+        answer = engine.run({"x": np.full((1, 64), 255, np.uint8)})["y"]
+    return bool(answer[0, 0] != 64 * 255 * 127)
+
+
+def _check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
     if value not in choices:
-        raise CompanionError(f"{name} is {value!r}: choose one of {', '.join(choices)}.")
+        raise CompanionError(f"{name} is {value!r}: choose one of {', '.join(map(str, choices))}.")
 
 
 def _joined(answers: list[Batch], name: str) -> np.ndarray:
@@ -273,6 +309,8 @@ class _Job:
     percentile: float | None
     """None for the extremes."""
     bias: bool
+    narrow: bool
+    """Weights of 7 bits."""
 
 
 def _static(job: _Job) -> Any:
@@ -296,6 +334,7 @@ def _static(job: _Job) -> Any:
         activation_type=QuantType.QUInt8 if job.bias else QuantType.QInt8,
         weight_type=QuantType.QInt8,
         per_channel=job.per_channel,
+        reduce_range=job.narrow,
         nodes_to_exclude=job.exclude,
         calibrate_method=CalibrationMethod.MinMax if job.percentile is None else CalibrationMethod.Percentile,
         extra_options={"QuantizeBias": job.bias, "ActivationSymmetric": not job.bias}

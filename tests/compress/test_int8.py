@@ -1,6 +1,7 @@
 """Quantized ONNX files: what they compute, weigh and say, and that nothing else changes."""
 
 import importlib.util
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -139,8 +140,9 @@ def test_weights_only_is_the_quantization_by_hand(folder):
         np.testing.assert_allclose(answers(out.path, inputs), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_static_weights_are_those_by_hand(made, plain):
-    before, after = onnx.load(plain), onnx.load(made["static"].path)
+def test_static_weights_are_those_by_hand(folder, plain):
+    report = compress.quantize_onnx(plain, folder / "eight.onnx", batches(), weight_bits=8)
+    before, after = onnx.load(plain), onnx.load(report.path)
     weights = {t.name: numpy_helper.to_array(t) for t in before.graph.initializer}
     stored = {t.name: numpy_helper.to_array(t) for t in after.graph.initializer}
     compared = 0
@@ -152,6 +154,39 @@ def test_static_weights_are_those_by_hand(made, plain):
             assert np.abs(q - stored[f"{name}_quantized"].astype(int)).max() <= 1  # its steps are rounded otherwise
             compared += 1
     assert compared == 15
+
+
+def int8_weights(path):
+    """The extremes of the int8 numbers of each layer's weight."""
+    graph = onnx.load(path).graph
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    found = [array for array in constants.values() if array.dtype == np.int8 and array.ndim >= 2]
+    return min(array.min() for array in found), max(array.max() for array in found), len(found)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("saturating", [True, False])
+def test_weights_leave_room_where_products_are_added_in_16_bits(plain, folder, monkeypatch, saturating, bias):
+    """Two products of 255 by 64 fit, two by 127 do not; and a step is twice as long."""
+    monkeypatch.setattr(compress.int8, "saturates", lambda: saturating)
+    out = folder / "room.onnx"
+    compress.quantize_onnx(plain, out, batches(1), bias=bias)
+    low, high, layers = int8_weights(out)
+    assert layers == 16
+    most = 64 if saturating else 127
+    assert low >= -most
+    assert high == most
+    for bits, most in ((7, 64), (8, 127)):
+        compress.quantize_onnx(plain, out, batches(1), bias=bias, weight_bits=bits)
+        assert int8_weights(out)[1] == most
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the processor's features from /proc")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="other processors have no such instruction")
+def test_products_are_cut_off_without_vnni():
+    """With it they are added in 32 bits, so whichever this processor is, the answer is known beforehand."""
+    flags = set(Path("/proc/cpuinfo").read_text().split())
+    assert compress.int8.saturates() is not bool({"avx512_vnni", "avx_vnni"} & flags)
 
 
 def test_nodes_without_names_are_told_apart(plain, folder):
@@ -265,6 +300,9 @@ def no_weights(folder):
         ({"method": "entropy"}, "method is 'entropy'"),
         ({"method": "percentile", "percentile": 40}, "percentile is 40"),
         ({"mode": "dynamic", "bias": False}, "biases are quantized in mode static by onnxruntime only"),
+        ({"weight_bits": 4}, "weight_bits is 4: choose one of 7, 8"),
+        ({"mode": "dynamic", "weight_bits": 7}, "weight_bits is for mode static by onnxruntime only"),
+        ({"backend": "nncf", "weight_bits": 8}, "weight_bits is for mode static by onnxruntime only"),
         ({"method": "percentile", "calibration": [batches()[0], batches()[0][:3]]}, "batches of one size"),
         ({"backend": "nncf", "mode": "dynamic"}, "nncf quantizes statically"),
         ({"calibration": []}, "nothing to calibrate with"),
