@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from companion.errors import CompanionError
 
@@ -37,10 +38,35 @@ def placed(model: nn.Module, device: torch.device) -> Iterator[None]:
     plain = torch.preserve_format if volumes else torch.contiguous_format
     # The type hints of Module.to leave memory_format out.
     model.to(device=device, memory_format=layout)  # type: ignore[call-overload]
+    hooks = [_keep_plain(conv) for conv in model.modules() if device.type == "cpu" and _overruns(conv)]
     try:
         yield
     finally:
+        for hook in hooks:
+            hook.remove()
         model.to(device=home, memory_format=plain)  # type: ignore[call-overload]
+
+
+NARROW = 16  # channels: oneDNN's blocks have 8 with AVX2, and 16 with AVX-512
+
+
+def _overruns(module: nn.Module) -> bool:
+    """Whether oneDNN writes past its memory in the backward pass of this layer if it is channels-last: a 1×1
+    convolution with a stride, of fewer channels than a block (oneDNN issue 6035). Pruned networks have such layers."""
+    return (
+        isinstance(module, nn.Conv2d)
+        and module.kernel_size == (1, 1)
+        and max(module.stride) > 1
+        and module.in_channels // module.groups < NARROW
+    )
+
+
+def _keep_plain(conv: nn.Module) -> RemovableHandle:
+    """Have the layer compute in plain layout, until the hook is removed."""
+    for parameter in conv.parameters():
+        # Of 1×1 filters both layouts are one and only the strides tell: contiguous() would leave them.
+        parameter.data = parameter.data.flatten().view(parameter.shape)
+    return conv.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
 
 
 def move(value: Any, device: torch.device) -> Any:
