@@ -14,14 +14,20 @@ OPTIONAL := detect,openvino,litert,tensorrt,serve
 PARTS := test-notebooks test-first test-rest test-engines
 FIRST := tests/bench tests/cli tests/compress tests/datasets tests/detect
 
+# Those of `stress`, likewise, but for what measures, which wants the machine for itself.
+STRESS := stress-first stress-rest stress-engines
+MEASURES := tests/metrics tests/compress/test_channels.py tests/serve/test_soak.py
+
+TWO_AT_A_TIME = $(MAKE) --jobs=2 --keep-going --output-sync=target --no-print-directory
+
 # One thread: on a busy machine two wait for each other, and only one gives the same weights every time.
-test $(PARTS) stress: export OMP_NUM_THREADS ?= 1
+test $(PARTS) stress $(STRESS): export OMP_NUM_THREADS ?= 1
 
 # Data beside the project, when there is some (full-size CIFAR-10 and the like): tests that want it skip without it.
 SHARED_DATA := $(wildcard ../shared/datasets)
 export COMPANION_TEST_DATA ?= $(if $(SHARED_DATA),$(abspath $(SHARED_DATA)))
 
-.PHONY: site test $(PARTS) horovod lint lab notebooks stress wheel lock clean
+.PHONY: site test $(PARTS) horovod lint lab notebooks stress $(STRESS) wheel lock clean
 
 site: $(VENV)/.site
 	$(PY) tools/build_site.py
@@ -30,9 +36,9 @@ site: $(VENV)/.site
 
 test: $(VENV)/.test
 	$(PY) tools/build_horovod.py --or-skip
-	$(MAKE) --jobs=2 --keep-going --output-sync=target --no-print-directory $(PARTS)
+	$(TWO_AT_A_TIME) $(PARTS)
 
-$(PARTS): $(VENV)/.test
+$(PARTS) $(STRESS): $(VENV)/.test
 
 test-notebooks:
 	TQDM_DISABLE=1 PYTHONPATH=tests/offline $(PY) -m pytest --nbval --nbval-current-env --nbval-cell-timeout 300 \
@@ -64,7 +70,16 @@ notebooks: $(VENV)/.notebooks
 	$(PY) tools/run_notebooks.py
 
 stress: $(VENV)/.test
-	$(PY) -m pytest -m stress --ignore=tests/engines
+	$(PY) -m pytest -m stress $(MEASURES)
+	$(TWO_AT_A_TIME) $(STRESS)
+
+stress-first:
+	$(PY) -m pytest -m stress $(addprefix --ignore=,$(MEASURES)) $(FIRST)
+
+stress-rest:
+	$(PY) -m pytest -m stress $(addprefix --ignore=,$(MEASURES) $(FIRST) tests/engines)
+
+stress-engines:
 	$(PY) -m pytest -m stress tests/engines
 
 wheel: $(VENV)/.test
