@@ -317,13 +317,21 @@ def this_machine() -> Hardware:
     """The machine that runs this, NVIDIA GPUs included (also those that CUDA_VISIBLE_DEVICES hides)."""
     cpu = platform.processor() or platform.machine()
     with suppress(OSError):  # Linux only
-        names = re.findall(r"(?m)^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
-        cpu = names[0].strip() if names else cpu
+        cpu = _named(Path("/proc/cpuinfo").read_text(encoding="utf-8")) or cpu
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     memory = None
     with suppress(AttributeError, OSError, ValueError):  # Windows has no sysconf
         memory = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30)
     return Hardware(cpu, cores, memory, f"{platform.system()} {platform.machine()}", tuple(_gpus()))
+
+
+def _named(cpuinfo: str) -> str | None:
+    """The processor's name; one without a number, as clouds give, says less than its family and model."""
+    found = dict(re.findall(r"(?m)^(model name|cpu family|model)\s*: (.+)$", cpuinfo))
+    name = found.get("model name", "").strip()
+    if name and not re.search(r"\d", name) and len(found) == 3:
+        return f"{name} (family {found['cpu family']}, model {found['model']})"
+    return name or None
 
 
 def _gpus() -> Iterator[str]:
