@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 import urllib.request
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -128,10 +129,15 @@ def running(*command: str) -> Iterator[Running]:
             stdout=subprocess.PIPE, stderr=said, text=True,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
         )  # fmt: skip
+        assert process.stdout is not None
         try:
-            line = process.stdout.readline() if process.stdout is not None else ""
+            late = threading.Timer(PATIENCE, process.kill)
+            late.start()
+            line = process.stdout.readline()
+            late.cancel()
             if " at http://" not in line:
-                process.wait(PATIENCE)
+                process.kill()
+                process.wait()
                 said.seek(0)
                 last = (said.read().strip().splitlines() or ["nothing"])[-1]
                 raise CompanionError(f"the server did not start; it said: {last}.")
@@ -143,8 +149,7 @@ def running(*command: str) -> Iterator[Running]:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-            if process.stdout is not None:
-                process.stdout.close()
+            process.stdout.close()
 
 
 @contextmanager

@@ -74,7 +74,8 @@ def _put(server: Running, requests: Sequence[Any], connections: int, *, batches:
     items, calls, *spent = (counters() - before).tolist()
     each = [seconds / max(1, len(found.latencies)) for seconds in spent]
     failures = sum(found.failures.values())
-    return _Seen(found.throughput, found.latency(50), found.latency(99), failures, items / calls, *each)
+    batch = items / calls if calls else math.nan
+    return _Seen(found.throughput, found.latency(50), found.latency(99), failures, batch, *each)
 
 
 def _row(name: str, connections: int, seen: Sequence[_Seen]) -> Row:

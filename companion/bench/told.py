@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from companion.bench.servers import Running
+from companion.errors import CompanionError
 
 SIZES = (1, 2, 4, 8, 16, 32)  # of batches; between them the cost is taken to be linear
 CALLS = 200  # of the model or of nothing, for what is measured within this process
@@ -66,7 +67,10 @@ def call_costs(server: Running, request: Callable[[int], Any], seconds: float) -
         before = server.metric("model_seconds_sum"), server.metric("model_seconds_count")
         load(server.url, [request(size)], concurrency=1, seconds=seconds)
         after = server.metric("model_seconds_sum"), server.metric("model_seconds_count")
-        found[size] = (after[0] - before[0]) / (after[1] - before[1])
+        calls = after[1] - before[1]
+        if not calls:
+            raise CompanionError(f"{server.url} made no batch of {size}: look at what it logs.")
+        found[size] = (after[0] - before[0]) / calls
     return found
 
 

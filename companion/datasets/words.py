@@ -30,7 +30,7 @@ def words(text: str, most: int | None = None) -> list[str]:
 
     A word is a run of letters and digits; each kana or ideograph is a word of its own. Everything else separates. Case,
     width and composition make no difference (Unicode's NFKC and case folding). A run of more than 64 characters
-    without a space may be cut inside a word.
+    without a space may be cut inside a word, and vowels written as marks (Devanagari, Thai) separate as well.
 
     Args:
         text: of any length and of any characters, lone surrogates included.
@@ -68,7 +68,11 @@ def word_ids(vocabulary: Sequence[str]) -> dict[str, int]:
     Raises:
         CompanionError: no list of different texts, or one that does not begin with `RESERVED`.
     """
-    if isinstance(vocabulary, str) or not all(isinstance(word, str) for word in vocabulary):
+    if (
+        isinstance(vocabulary, str)
+        or not isinstance(vocabulary, Sequence)
+        or not all(isinstance(word, str) for word in vocabulary)
+    ):
         raise CompanionError("a vocabulary must be a list of texts, as datasets.build_vocabulary makes it.")
     if tuple(vocabulary[: len(RESERVED)]) != RESERVED:
         raise CompanionError(

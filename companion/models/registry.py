@@ -226,7 +226,7 @@ def create(
     """
     network = _network(name)
     if vocabulary is not None:
-        vocabulary = _texts("the vocabulary", vocabulary)
+        vocabulary = texts("the vocabulary", vocabulary)
         if "vocabulary_size" not in network.settings:
             raise CompanionError(f"{name} takes images: leave out the vocabulary.")
         configuration.setdefault("vocabulary_size", len(vocabulary))
@@ -253,7 +253,7 @@ def create(
     return attach(model, ModelInfo(name, full, network.task, labels, vocabulary))
 
 
-def _texts(what: str, values: Any) -> tuple[str, ...]:
+def texts(what: str, values: Any) -> tuple[str, ...]:
     if isinstance(values, str) or not isinstance(values, Sequence) or not all(isinstance(v, str) for v in values):
         raise CompanionError(f"{what} must be a list of texts.")
     return tuple(values)
@@ -275,7 +275,7 @@ def attach(model: nn.Module, info: ModelInfo) -> nn.Module:
     if info.labels is not None and classes is not None and len(info.labels) != classes:
         raise CompanionError(f"{info.name} has {classes} classes, but {len(info.labels)} labels were given.")
     if info.vocabulary is not None and (rows := info.configuration.get("vocabulary_size")) is not None:
-        _texts("the vocabulary", info.vocabulary)
+        texts("the vocabulary", info.vocabulary)
         if len(info.vocabulary) != rows:
             raise CompanionError(
                 f"{info.name} has rows for {rows:,} words, but the vocabulary has {len(info.vocabulary):,}."

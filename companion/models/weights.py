@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from companion.errors import CompanionError
 from companion.files import replacing, shipped
-from companion.models.registry import ModelInfo, attach, blank, create, describe, tuples
+from companion.models.registry import ModelInfo, attach, blank, create, describe, texts, tuples
 from companion.models.structure import changed_layers, check_runs, replace_layers
 
 FORMAT = "companion-1"
@@ -47,7 +47,7 @@ def save(
     if labels is not None:
         info = replace(info, labels=tuple(labels))
     if vocabulary is not None:
-        info = replace(info, vocabulary=tuple(vocabulary))
+        info = replace(info, vocabulary=texts("the vocabulary", vocabulary))
     attach(model, info)
     with torch.device("meta"):
         layers = changed_layers(model, create(info.name, **info.configuration))

@@ -110,7 +110,7 @@ def check_match(model: nn.Module, data: Any) -> None:
     if size is not None and (shape := tuple(getattr(sample[0], "shape", ()))) != (3, size, size):
         raise CompanionError(f"{info.name} takes tensors of shape {(3, size, size)}, {name} has {shape or sample[0]}.")
     vocabulary = attribute(data, "vocabulary")
-    if None not in (vocabulary, info.vocabulary) and vocabulary != info.vocabulary:
+    if None not in (vocabulary, info.vocabulary) and tuple(vocabulary) != info.vocabulary:
         raise CompanionError(
             f"{info.name} knows other words than {name} was read with: load the data with the network's vocabulary."
         )

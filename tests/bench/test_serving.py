@@ -55,7 +55,9 @@ def test_foretold_values_say_how_far_off_they_are():
     assert values["foretold mean batch"] == 1
 
 
-def test_a_lock_that_is_shared_is_told_from_one_that_is_not():
+def test_a_lock_that_is_shared_is_told_from_one_that_is_not(monkeypatch):
+    monkeypatch.setattr(told, "BURST", 0.01)  # half of the call: more than a busy machine makes of nothing
+
     def sleeps(items):
         time.sleep(0.02)
         return items
@@ -90,6 +92,15 @@ def test_the_pictures_are_what_they_say():
 def test_a_server_that_cannot_start_says_why(tmp_path):
     said = r"the server did not start; it said: .*none\.safetensors"
     with pytest.raises(CompanionError, match=said), servers.batching(tmp_path / "none.safetensors"):
+        pass
+
+
+def test_a_server_that_says_nothing_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(servers, "PATIENCE", 1.0)
+    with (
+        pytest.raises(CompanionError, match="the server did not start; it said: nothing"),
+        servers.running("timeit", "-n1", "-r1", "import time; time.sleep(100)"),
+    ):
         pass
 
 

@@ -50,6 +50,12 @@ def test_round_trip_gives_the_same_answers(name, tmp_path):
     assert all(p.requires_grad for p in copy.parameters())
 
 
+def test_a_text_is_no_vocabulary(model, tmp_path):
+    with pytest.raises(CompanionError, match="the vocabulary must be a list of texts"):
+        models.save(model, tmp_path / "net.safetensors", vocabulary="abc")
+    assert not any(tmp_path.iterdir())
+
+
 def test_everything_needed_to_use_the_network_travels(model, tmp_path):
     models.save(model, tmp_path / "net.safetensors", vocabulary=["<pad>", "模型"])
     info = models.describe(models.load(tmp_path / "net.safetensors"))
