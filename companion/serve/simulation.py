@@ -96,10 +96,15 @@ def simulate(
             raise CompanionError(f"{name} is {value!r}: give a finite number from 0.")
     if not 0 <= shared <= 1:
         raise CompanionError(f"shared is {shared!r}: give a share from 0 to 1.")
-    if not 0 < cost(1) < math.inf:
-        raise CompanionError(f"the model takes {cost(1)!r} s for one item: give a cost above 0.")
     if clients is not None and http + away + generator < INSTANT and clients > max_queue:
         raise CompanionError("clients who are refused and ask again at once would never let time pass: give away.")
+
+    def seconds_of(size: int) -> float:
+        if not 0 < (found := cost(size)) < math.inf:  # or time would stand still
+            raise CompanionError(f"the model takes {found!r} s for a batch of {size}: give a cost above 0.")
+        return found
+
+    one = seconds_of(1)
     queue = BatchQueue(max_batch_size=max_batch_size, max_wait=max_wait_ms / 1e3, max_queue=max_queue, policy=policy)
     events: list[tuple[float, int, Callable[[float], None]]] = []
     order = count()
@@ -175,7 +180,7 @@ def simulate(
         found = queue.look(now)
         if isinstance(found, list):
             sizes.append(len(found))
-            taken = cost(len(found))
+            taken = seconds_of(len(found))
             at(now + wake + taken + wake, partial(end, found, taken, worked))
         elif found == now:
             wake_up(now)
@@ -218,7 +223,7 @@ def simulate(
             at(arrival, partial(generate, partial(ask, arrival)))
     else:
         # One after the other: were they in step from the start, nothing might ever bring them out of it.
-        for start in random.uniform(0, clients * (http + cost(1)), clients).tolist():
+        for start in random.uniform(0, clients * (http + one), clients).tolist():
             at(start, partial(generate, partial(ask, None)))
     while events and events[0][0] < seconds:
         when, _, what = heapq.heappop(events)

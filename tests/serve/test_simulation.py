@@ -140,6 +140,11 @@ def test_wrong_values_are_refused(options, said):
         simulate(cnn, **options)
 
 
+def test_a_model_that_takes_no_time_for_more_is_refused():
+    with pytest.raises(CompanionError, match=r"takes 0\.0 s for a batch of [234]"):
+        simulate(lambda size: 1e-3 if size == 1 else 0.0, clients=4, http=0, away=0, policy="hold")
+
+
 def test_a_model_that_takes_no_time_is_refused():
-    with pytest.raises(CompanionError, match="takes 0 s for one item"):
+    with pytest.raises(CompanionError, match="takes 0 s for a batch of 1"):
         simulate(lambda n: 0, clients=1)

@@ -171,6 +171,15 @@ def test_limits(network):
         assert post(url, ["a" * 1000]).status_code == 413
 
 
+def test_texts_are_not_searched_for_words_without_end(network):
+    """A text of no words at all has no more of them than it may."""
+    with serving(text_app(engines.load(network, "torch"))) as url:
+        found = post(url, [". " * (1 << 18), ". " * (1 << 18), "."])
+        assert found.status_code == 413
+        assert found.json()["detail"] == "the texts of a request may have 1,048,576 characters together: send several."
+        assert post(url, [". " * (1 << 18), ". " * (1 << 18)]).status_code == 200
+
+
 @pytest.mark.parametrize("kind", ["text/plain", "image/png", "multipart/form-data; boundary=a", ""])
 def test_other_content_types(url, kind):
     answer = post(url, b"x", **{"content-type": kind})
