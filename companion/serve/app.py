@@ -33,6 +33,7 @@ Reader = Callable[[bytes], Sequence[Any]]
 Readers = Mapping[str, Reader]
 
 HUNG_UP = 499  # as nginx counts them; nobody sees it
+UNREAD = {401, 404, 415}  # refused without the body, which is not to be sent any more
 PAGE = Path(__file__).with_name("page.html")
 
 
@@ -138,7 +139,7 @@ class Front:
             service.count(HUNG_UP)
             return
         except Refused as refused:
-            status, extra, content = refused.status, refused.headers, refused.body()
+            status, extra, content = refused.status, _headers(refused), refused.body()
             service.count(status, refused.cause)
         else:
             status, extra, content = 200, (), encode(answers)
@@ -265,7 +266,11 @@ def application(
 
 
 def _refusal(refused: Refused) -> Response:
-    return Response(refused.body(), refused.status, dict(refused.headers), "application/json")
+    return Response(refused.body(), refused.status, dict(_headers(refused)), "application/json")
+
+
+def _headers(refused: Refused) -> tuple[tuple[str, str], ...]:
+    return (*refused.headers, ("connection", "close")) if refused.status in UNREAD else refused.headers
 
 
 def _policy(page: str) -> str:

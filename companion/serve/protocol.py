@@ -19,12 +19,12 @@ from uvicorn.server import ServerState
 
 from companion.serve.settings import Settings
 
-LONGEST_HEAD = 64 * 1024  # bytes
+LONGEST_HEAD = 64 * 1024  # bytes; of what ends a body in chunks, too
 SPARE = 64  # open files that are no connections
 SAID = {
     400: "this is no HTTP request.",
     408: "the head of the request came too slowly.",
-    431: f"the head of the request is longer than {LONGEST_HEAD} bytes.",
+    431: f"the head of the request, or what ends its body, is longer than {LONGEST_HEAD} bytes.",
     503: "the server is busy: try again later.",
 }
 
@@ -112,7 +112,9 @@ class Connection(HttpToolsProtocol):
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
-        self._in_head, self._head, self._held = True, 0, 0
+        self._in_head, self._held = False, 0
+        self._loose = 0  # bytes read since a head or a part of a body was complete
+        self._active: RequestResponseCycle | None = None  # answered now, or last; uvicorn's own is the newest
         self._deaf: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -122,7 +124,7 @@ class Connection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.server_state.waiting.pop(self, None)
-        self._let_go()
+        self._abandon()
         if self._deaf is not None:
             self._deaf.cancel()
         super().connection_lost(exc)
@@ -130,8 +132,7 @@ class Connection(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():
             return
-        if self._in_head:
-            self._head += len(data)
+        self._loose += len(data)
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade:  # nothing here speaks another protocol; the request was answered as it is
@@ -139,7 +140,7 @@ class Connection(HttpToolsProtocol):
         except httptools.HttpParserError:
             self.refuse(400, "bad_http")
             return
-        if self._in_head and self._head > LONGEST_HEAD:
+        if self._loose > LONGEST_HEAD:
             self.refuse(431, "long_head")
 
     def on_message_begin(self) -> None:
@@ -153,14 +154,21 @@ class Connection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         state = self.server_state
-        self._in_head, self._head = False, 0
+        self._in_head, self._loose = False, 0
         state.waiting.pop(self, None)
         state.date()
         super().on_headers_complete()
         if state.draining:
             self.cycle.keep_alive = False
 
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._active = cycle
+        super()._start_asgi_task(cycle, app)
+
     def on_body(self, body: bytes) -> None:
+        self._loose = 0
+        if self.cycle.response_complete:  # without the body, which nobody holds
+            return
         super().on_body(body)
         state = self.server_state
         self._held += len(body)
@@ -180,7 +188,6 @@ class Connection(HttpToolsProtocol):
             cycle, app = self.pipeline.pop()
             self._start_asgi_task(cycle, app)
         else:
-            self._head = 0
             state.await_head(self)
 
     def shutdown(self) -> None:
@@ -213,9 +220,17 @@ class Connection(HttpToolsProtocol):
         self.server_state.held -= self._held
         self._held = 0
 
+    def _abandon(self) -> None:
+        """Whoever works on an answer stops, and what waits behind it is never begun."""
+        if self._active is not None and not self._active.response_complete:
+            self._active.disconnected = True
+            self._active.message_event.set()
+        self.pipeline.clear()
+        self._let_go()
+
     def too_slow(self) -> None:
         """The time for a head is up."""
-        if self._in_head and self._head:
+        if self._in_head:
             self.refuse(408, "slow_head")
         else:
             self.server_state.waiting.pop(self, None)
@@ -224,23 +239,20 @@ class Connection(HttpToolsProtocol):
             self._abort_if_deaf()
 
     def refuse(self, status: int, cause: str) -> None:
-        """Say why, if nothing is being said, and close."""
+        """Say why, unless it would be taken for another request's answer, or for a part of one, and close."""
         state = self.server_state
         state.waiting.pop(self, None)
         if self.transport.is_closing():
             return
         state.cut(cause)
-        cycle: RequestResponseCycle | None = self.cycle
-        if cycle is None or not cycle.response_started or cycle.response_complete:
+        active = self._active
+        if active is None or active.response_complete or (active is self.cycle and not active.response_started):
             body = json.dumps({"detail": SAID[status]}).encode()
             again = b"retry-after: 1\r\n" if status == 503 else b""
             self.transport.write(
                 b"%scontent-type: application/json\r\ncontent-length: %d\r\n%sconnection: close\r\n\r\n%s"
                 % (STATUS_LINE[status], len(body), again, body)
             )
-        if cycle is not None and not cycle.response_complete:  # whoever works on it stops
-            cycle.disconnected = True
-            cycle.message_event.set()
-        self._let_go()
+        self._abandon()
         self.transport.close()
         self._abort_if_deaf()

@@ -78,4 +78,6 @@ def until(condition, seconds=10):
 
 
 def post(url, content, kind="image/png", **headers):
-    return httpx.post(f"{url}/predict", content=content, headers={"content-type": kind, **headers}, timeout=60)
+    """Without the certificates of the world, which take longer to read than an answer and are not needed."""
+    headers = {"content-type": kind, **headers}
+    return httpx.post(f"{url}/predict", content=content, headers=headers, timeout=60, verify=False)
