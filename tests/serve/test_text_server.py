@@ -222,7 +222,8 @@ def test_many_clients_get_their_own_answers():
 
 def test_one_text_that_is_too_long_hurts_nobody_else():
     engine = Slow()
-    with serving(text_app(engine, settings=Settings(max_words=50))) as url:
+    app = text_app(engine, settings=Settings(max_words=50))
+    with serving(app) as url:
         engine.gate.clear()
         found = {}
 
