@@ -22,7 +22,17 @@ from pydantic import BaseModel
 
 from companion import __version__
 from companion.serve import counted
-from companion.serve.service import Answer, BadItem, Headers, HungUp, Receive, Refused, Service, shutting_down
+from companion.serve.service import (
+    LAST,
+    Answer,
+    BadItem,
+    Headers,
+    HungUp,
+    Receive,
+    Refused,
+    Service,
+    shutting_down,
+)
 from companion.serve.settings import Settings
 
 __all__ = ["Answer", "BadItem", "HungUp", "Receive", "Refused", "Service", "application", "encode", "read_body"]
@@ -183,6 +193,8 @@ def application(
                 yield
             finally:
                 stats.ready.set(0)
+                # The server has given those who asked their time, so that nobody waits any more.
+                await asyncio.gather(*(service.batcher.close(grace=LAST) for service in services))
 
     app = FastAPIOffline(title=title, description=description, version=__version__, lifespan=lifespan, redoc_url=None)
     app.state.service, app.state.services, app.state.counted = first, by_name, stats

@@ -268,8 +268,6 @@ class BatchReport:
     """Of the call, with all repetitions after errors."""
     failed: int
     """Items without an answer."""
-    queued: int
-    """Items that wait when it ends."""
 
 
 class Batcher:
@@ -294,6 +292,7 @@ class Batcher:
         policy: str = "idle",
         bucket: Callable[[Any], Hashable] | None = None,
         on_batch: Callable[[BatchReport], None] | None = None,
+        on_queue: Callable[[int], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """
@@ -302,6 +301,7 @@ class Batcher:
             max_batch_size, max_queue, policy, bucket: as those of `BatchQueue`.
             max_wait_ms: milliseconds that the policies ``fixed`` and ``hold`` wait at most.
             on_batch: called after each batch, in the event loop.
+            on_queue: called with how many wait, whenever that has changed, in the event loop.
             clock: seconds. (Event loops have clocks of their own, uvloop's of whole milliseconds.)
 
         Raises:
@@ -318,7 +318,7 @@ class Batcher:
             policy=policy,
             bucket=bucket,
         )
-        self._on_batch, self._clock = on_batch, clock
+        self._on_batch, self._on_queue, self._clock = on_batch, on_queue, clock
         self._open = False
         self._soon = False
         """Whether there will be a look in the next turn of the loop."""
@@ -352,6 +352,8 @@ class Batcher:
             for entry in (*self.queue.running, *self.queue.clear()):
                 if not entry.future.done():
                     entry.future.set_exception(BatcherClosed("the batcher was closed before this item was answered."))
+            self._note_queue()
+            self._idle.set()  # nobody has anything to wait for any more, least of all whoever closes it again
         finally:
             self._jobs.put(None)
 
@@ -399,6 +401,7 @@ class Batcher:
             if timeout is not None:
                 entry.timer = self._loop.call_later(timeout, self._expire, entry)
         if entries:
+            self._note_queue()
             self._idle.clear()
             self._wake()
         return [entry.future for entry in entries]
@@ -408,6 +411,7 @@ class Batcher:
         if entry.timer is not None:
             entry.timer.cancel()
         if self.queue.discard(entry):
+            self._note_queue()
             self._rest()
 
     def _expire(self, entry: Entry) -> None:
@@ -429,6 +433,7 @@ class Batcher:
         found = self.queue.look(now)
         if isinstance(found, list):
             self._jobs.put((found, now))
+            self._note_queue()
         elif found == now:
             self._wake()
         elif found is not None:
@@ -462,7 +467,11 @@ class Batcher:
         self._rest()
         if self._on_batch is not None:
             waited = tuple(formed - entry.arrived for entry in batch)
-            self._on_batch(BatchReport(len(batch), waited, seconds, failed, len(self.queue)))
+            self._on_batch(BatchReport(len(batch), waited, seconds, failed))
+
+    def _note_queue(self) -> None:
+        if self._on_queue is not None:
+            self._on_queue(len(self.queue))
 
     def _rest(self) -> None:
         if not self.queue.busy and not len(self.queue):

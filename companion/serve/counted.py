@@ -23,7 +23,6 @@ SECONDS = [base * 10.0**power for power in range(-4, 2) for base in (1, 2, 5)]
 CAUSES = {
     400: "bad_item",
     401: "token",
-    404: "no_such_model",
     408: "slow_body",
     413: "too_large",
     415: "unsupported_type",
@@ -158,7 +157,6 @@ class ModelCounts:
         self._model.observe(report.seconds)
         if report.failed:
             self._failed.inc(report.failed)
-        self.depth.set(report.queued)
         for waited in report.waited:
             self._waited.observe(waited)
             self._latency.observe(waited + report.seconds)

@@ -7,7 +7,6 @@ import sys
 import time
 from typing import TextIO
 
-LEVELS = ("debug", "info", "warning", "error")
 OURS = "companion.serve"
 # uvicorn tells of every start and stop at the level info, which we do ourselves.
 OTHERS = {"uvicorn": logging.WARNING, "uvicorn.error": logging.WARNING, "asyncio": logging.WARNING}

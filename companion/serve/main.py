@@ -45,7 +45,9 @@ def run(
     settings: Settings,
     announce: Callable[[str], None],
 ) -> None:
-    """Serve until SIGTERM or Ctrl-C, then answer what was accepted, within ``settings.grace`` seconds.
+    """Serve until SIGTERM or Ctrl-C, then answer what was accepted.
+
+    That takes ``settings.grace`` seconds at most, and two more if the models are still at work by then.
 
     Args:
         kind: one of `APPS`.
@@ -63,7 +65,7 @@ def run(
 
     logs.configure(settings.log_level)
     if hasattr(signal, "SIGHUP"):
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # it reloads once there is something to reload
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # there is nothing to reload yet
     app = create(kind, models, engine, settings)  # so that what is wrong is said here, once
     with _listening(host, port, several=workers > 1) as listening:
         shown = f"[{host}]" if ":" in host else host
@@ -73,6 +75,9 @@ def run(
         if workers == 1:
             run_one(app, settings, listening, lambda: announce(address))
         else:
+            for service in app.state.services.values():  # the workers have their own
+                if service.model.release is not None:
+                    service.model.release()
             del app
             with tempfile.TemporaryDirectory(prefix="companion-metrics-") as folder:
                 os.environ[counted.FOLDER] = folder

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import multiprocessing
 import os
 import signal
@@ -29,7 +30,8 @@ from companion.serve.service import LAST
 from companion.serve.settings import Settings
 
 SETTLE = 0.1  # seconds at the end for requests that are on their way on connections that are open
-FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0  # seconds before a worker that did not get ready is tried again
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0  # seconds before a worker is started again that did not live long
+STEADY = 30.0  # seconds after which a worker that is ready has lived long
 
 log = logging.getLogger("companion.serve")
 
@@ -114,16 +116,23 @@ class Worker:
     number: int
     process: BaseProcess | None = None
     pipe: Pipe | None = None
-    ready: bool = False
-    pause: float = FIRST_PAUSE
+    since: float = math.inf
+    """When it got ready."""
+    pause: float = 0.0
+    """Seconds until it is started again, if it dies soon."""
     due: float = 0.0
     """When it is to be started again."""
     late: bool = False
     """It is to reload when it is ready, and not before it listens to that."""
 
+    @property
+    def ready(self) -> bool:
+        return self.since < math.inf
+
     def hang_up(self) -> None:
         if self.process is not None and self.process.pid is not None:
-            os.kill(self.process.pid, signal.SIGHUP)
+            with suppress(ProcessLookupError):  # it has just died
+                os.kill(self.process.pid, signal.SIGHUP)
 
 
 class Workers:
@@ -150,23 +159,30 @@ class Workers:
         """Serve until SIGTERM or SIGINT. ``started`` is called once, when all workers answer."""
         announced = False
         with _signals() as woken:
-            while not self._ending:
-                for worker in self._workers:
-                    if worker.process is None and time.monotonic() >= worker.due:
-                        self._start(worker)
-                self._attend(woken)
-                if not announced and all(worker.ready for worker in self._workers):
-                    announced = True
-                    started()
-            self._stop()
+            try:
+                while not self._ending:
+                    for worker in self._workers:
+                        if worker.process is None and time.monotonic() >= worker.due:
+                            self._start(worker)
+                    self._attend(woken)
+                    if not announced and all(worker.ready for worker in self._workers):
+                        announced = True
+                        started()
+            finally:
+                self._stop()
 
     def _start(self, worker: Worker) -> None:
-        worker.pipe, theirs = self._context.Pipe()
-        arguments = (self._create, self._settings, self._listening, theirs, self._folder)
-        worker.process = self._context.Process(target=_work, args=arguments, daemon=True)
-        worker.ready = worker.late = False
-        worker.process.start()
-        theirs.close()
+        worker.late = False
+        try:
+            ours, theirs = self._context.Pipe()
+            with theirs:
+                arguments = (self._create, self._settings, self._listening, theirs, self._folder)
+                process = self._context.Process(target=_work, args=arguments, daemon=True)
+                process.start()
+        except OSError as error:  # too many processes or open files, which may pass
+            self._again(worker, {"reason": str(error)})
+        else:
+            worker.process, worker.pipe = process, ours
 
     def _attend(self, woken: socket.socket) -> None:
         """Wait until something happens, and see to it."""
@@ -185,8 +201,8 @@ class Workers:
             assert worker.pipe is not None
             if worker.pipe in happened:
                 with suppress(EOFError, OSError):
-                    worker.ready = bool(worker.pipe.recv())
-                    worker.pause = FIRST_PAUSE
+                    worker.pipe.recv()
+                    worker.since = time.monotonic()
                     if worker.late:
                         worker.late = False
                         worker.hang_up()
@@ -209,16 +225,22 @@ class Workers:
         worker.process.join()
         counted.forget(worker.process.pid, self._folder)
         worker.pipe.close()
-        said = {"worker": worker.number, "pid": worker.process.pid, "exit": worker.process.exitcode}
+        said = {"pid": worker.process.pid, "exit": worker.process.exitcode}
         worker.process = None
+        self._again(worker, said)
+
+    def _again(self, worker: Worker, said: dict[str, Any]) -> None:
+        """Have a worker started that has died or could not be: soon, if it had lived long."""
+        now = time.monotonic()
+        if now - worker.since >= STEADY:
+            worker.pause = 0.0
+        data = {"data": {"worker": worker.number, **said, "seconds": worker.pause}}
         if worker.ready:
-            worker.due = time.monotonic()
-            log.warning("a worker died; another takes its place", extra={"data": said})
+            log.warning("a worker died; another takes its place", extra=data)
         else:
-            worker.due = time.monotonic() + worker.pause
-            log.error("a worker did not start; it is tried again", extra={"data": {**said, "seconds": worker.pause}})
-            worker.pause = min(2 * worker.pause, LONGEST_PAUSE)
-        worker.ready = False
+            log.error("a worker did not start; it is tried again", extra=data)
+        worker.due, worker.since = now + worker.pause, math.inf
+        worker.pause = min(max(2 * worker.pause, FIRST_PAUSE), LONGEST_PAUSE)
 
     def _stop(self) -> None:
         """Have all answer what they accepted; whoever takes longer than the grace time is killed."""

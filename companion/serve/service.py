@@ -99,10 +99,12 @@ class Service:
             max_queue=settings.max_queue,
             policy=settings.policy,
             on_batch=self.counts.batch,
+            on_queue=self.counts.depth.set,
         )
         self.ready = False
         self._load, self._path, self._loaded = load, path, loaded
         self._asked = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._told = -math.inf
         self._unheard = 0
         self._bearer = None if settings.token is None else b"Bearer " + settings.token.get_secret_value().encode()
@@ -125,6 +127,8 @@ class Service:
         self._loop = asyncio.get_running_loop()
         async with self.batcher:
             await self.batcher.submit(self.model.example)
+            if self._path is not None and signature(self._path) not in (None, self._loaded):
+                self.reload()  # whoever replaced the file may have said so when nobody listened yet
             tasks = [asyncio.create_task(self._reloads())] if self._load else []
             if self._load and self._path and self.settings.reload:
                 tasks.append(asyncio.create_task(self._watches(self._path)))
@@ -136,7 +140,6 @@ class Service:
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
-                # The server has given those who asked their time, so that nobody waits any more.
                 await self.batcher.close(grace=LAST)
                 if self.model.release is not None and not self.batcher.queue.busy:
                     self.model.release()
@@ -144,9 +147,12 @@ class Service:
     def reload(self) -> None:
         """Load the file again, soon; the model serves until the new one has run once, and goes on if that fails.
 
-        From any thread, while it is `running`.
+        From any thread, while it is `running`; before that, as soon as it is.
         """
-        self._loop.call_soon_threadsafe(self._asked.set)
+        if self._loop is None:
+            self._asked.set()
+        else:
+            self._loop.call_soon_threadsafe(self._asked.set)
 
     async def _watches(self, path: Path) -> None:
         before = self._loaded

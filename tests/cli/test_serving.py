@@ -96,7 +96,7 @@ def test_two_workers_on_one_port_count_together(weights, call):
         )
         found = json.loads(out)
         assert (code, found["failures"]) == (0, {})
-        with urllib.request.urlopen(f"{url}/metrics") as answer:
+        with urllib.request.urlopen(f"{url}/metrics", timeout=60) as answer:
             text = answer.read().decode()
         counted = float(re.search(r'(?m)^companion_requests_total\{model="m",status="200"\} (\S+)$', text).group(1))
         assert counted == found["answers"] + 64  # each image was sent alone first
@@ -145,8 +145,12 @@ def children(process):
 
 
 def answers(url):
-    with urllib.request.urlopen(f"{url}/stats", timeout=60) as answer:
-        return json.load(answer)
+    while True:
+        try:
+            with urllib.request.urlopen(f"{url}/stats", timeout=60) as answer:
+                return json.load(answer)
+        except OSError:  # it reached a worker that was just killed
+            time.sleep(0.05)
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")

@@ -295,6 +295,25 @@ def test_a_grace_that_ends_answers_those_who_still_wait():
     assert asyncio.run(main()) == [[0]]
 
 
+def test_what_has_been_closed_need_not_wait_for_the_model_any_more():
+    """As in a block whose end follows a grace that was too short for the model's last call."""
+
+    async def main():
+        model = Model()
+        async with Batcher(model) as batcher:
+            task = await occupied(batcher, model)
+            await batcher.close(grace=0.01)
+        at_work = batcher.queue.busy
+        model.gate.set()
+        await asyncio.gather(task, return_exceptions=True)
+        return at_work
+
+    async def bounded():
+        return await asyncio.wait_for(main(), 30)
+
+    assert asyncio.run(bounded())
+
+
 def test_a_grace_that_ends_when_some_have_just_given_up():
     async def main():
         model = Model()
@@ -349,12 +368,44 @@ def test_each_call_is_reported():
 
     run(scenario, Model(bad={2}), on_batch=reports.append, clock=lambda: next(times))
     one, three = reports
-    assert (one.size, one.failed, one.queued) == (1, 0, 3)
-    assert (three.size, three.failed, three.queued) == (3, 1, 0)
+    assert (one.size, one.failed) == (1, 0)
+    assert (three.size, three.failed) == (3, 1)
     assert len(set(three.waited)) == 1
     assert len(three.waited) == 3
     assert three.waited[0] > one.waited[0] > 0
     assert one.seconds >= 1
+
+
+def test_the_length_of_the_queue_is_told_when_it_changes():
+    told = []
+
+    async def scenario(batcher, model):
+        first = await occupied(batcher, model)
+        futures = batcher.enqueue([1, 2, 3])
+        futures[0].cancel()
+        late = asyncio.create_task(batcher.submit(4, timeout=0.01))
+        await asyncio.gather(late, return_exceptions=True)
+        before = list(told)
+        model.gate.set()
+        await asyncio.gather(first, *futures[1:])
+        return before
+
+    assert run(scenario, on_queue=told.append) == [1, 0, 3, 2, 3, 2]
+    assert told == [1, 0, 3, 2, 3, 2, 0]
+
+
+def test_a_closed_batcher_has_no_queue():
+    told = []
+
+    async def scenario(batcher, model):
+        await occupied(batcher, model)
+        futures = batcher.enqueue([1, 2])
+        await batcher.close(grace=0.0)
+        model.gate.set()
+        await asyncio.gather(*futures, return_exceptions=True)
+
+    run(scenario, on_queue=told.append)
+    assert told == [1, 0, 2, 0]
 
 
 @pytest.mark.parametrize("policy", ["idle", "fixed", "hold"])

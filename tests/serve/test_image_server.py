@@ -63,7 +63,9 @@ def test_one_image_as_the_body(url, network, form, kind):
 def test_ten_files_ten_answers_in_order():
     numbers = [6, 5, 5, 4, 8, 9, 1, 8, 6, 3]
     with serving(image_app(Slow(), settings=Settings())) as url:
-        answer = httpx.post(f"{url}/predict", files=[("files", ("a.png", red(number))) for number in numbers])
+        answer = httpx.post(
+            f"{url}/predict", files=[("files", ("a.png", red(number))) for number in numbers], timeout=60
+        )
     assert answer.status_code == 200
     assert answer.json()["predictions"] == numbers
     assert answer.json()["labels"] == [str(number) for number in numbers]
@@ -73,7 +75,7 @@ def test_many_clients_get_their_own_answers_and_no_batch_is_too_large():
     engine = Slow()
     with serving(image_app(engine, settings=Settings(max_batch=8))) as url:
         requests = [Request(red(value), "image/png", [value]) for value in range(256)]
-        found = load(f"{url}/predict", requests, concurrency=100, seconds=1.0)
+        found = load(f"{url}/predict", requests, concurrency=100, seconds=1.0, timeout=60)
     assert found.failures == {}
     assert len(found.latencies) > 100
     assert 1 < max(engine.sizes) <= 8
@@ -104,7 +106,7 @@ def test_one_bad_image_among_eight_hurts_nobody_else():
             time.sleep(0.05)
             engine.gate.set()
             for thread in threads:
-                thread.join(10)
+                thread.join(60)
             assert [found[n].json()["predictions"] for n in range(8) if n != 5] == [[n] for n in range(8) if n != 5]
             assert found[5].status_code == 400
     assert found[5].json() == {"detail": "the image is damaged or not an image: replace or remove it."}
@@ -112,7 +114,7 @@ def test_one_bad_image_among_eight_hurts_nobody_else():
 
 def test_a_bad_item_of_several_is_named(url):
     files = [("files", ("a.png", picture(0))), ("files", ("b.png", b"x")), ("files", ("c.png", picture(2)))]
-    answer = httpx.post(f"{url}/predict", files=files)
+    answer = httpx.post(f"{url}/predict", files=files, timeout=60)
     assert answer.status_code == 400
     assert answer.json()["detail"] == "item 1: the image is damaged or not an image: replace or remove it."
 
@@ -126,7 +128,7 @@ def test_a_model_that_fails_on_one_says_so_to_that_one_only(network):
             return super()._run(inputs)
 
     with serving(image_app(Failing(), settings=Settings())) as url:
-        answer = httpx.post(f"{url}/predict", files=[("files", (f"{i}.png", red(i))) for i in (6, 7, 8)])
+        answer = httpx.post(f"{url}/predict", files=[("files", (f"{i}.png", red(i))) for i in (6, 7, 8)], timeout=60)
         assert (answer.status_code, answer.json()["detail"]) == (500, "item 1: the model failed on it.")
         assert post(url, red(8)).json()["predictions"] == [8]
 
@@ -146,7 +148,7 @@ def test_a_full_queue_says_when_to_come_again():
         refused = post(url, red(9))
         engine.gate.set()
         for thread in threads:
-            thread.join(10)
+            thread.join(60)
         assert int(refused.headers["retry-after"]) >= 1
         assert refused.json()["detail"].startswith("too many wait: try again in")
         assert post(url, red(9)).json()["predictions"] == [9]
@@ -179,9 +181,14 @@ def test_clients_that_hang_up_in_the_queue_are_not_run():
         until(lambda: len(app.state.service.batcher.queue) == 50)
         for connection in gone:
             connection.close()
-        until(lambda: 'companion_requests_total{model="model",status="499"} 50.0' in httpx.get(f"{url}/metrics").text)
+        until(
+            lambda: (
+                'companion_requests_total{model="model",status="499"} 50.0'
+                in httpx.get(f"{url}/metrics", timeout=60).text
+            )
+        )
         engine.gate.set()
-        first.join(10)
+        first.join(60)
         assert post(url, red(2)).json()["predictions"] == [2]
     assert engine.sizes[calls:] == [1, 1]
 
@@ -198,7 +205,7 @@ def test_what_was_accepted_is_answered_when_the_server_ends():
         until(lambda: len(engine.sizes) == 3 and engine.sizes[2] + len(app.state.service.batcher.queue) == 20)
         threading.Timer(0.3, engine.gate.set).start()
     for thread in threads:
-        thread.join(10)
+        thread.join(60)
     assert [answer.status_code for answer in found] == [200] * 20
 
 
@@ -257,7 +264,7 @@ def test_a_body_that_never_ends_is_cut(network):
 
 def test_too_many_files(network):
     with serving(image_app(engines.load(network, "torch"), settings=Settings(max_items=3))) as url:
-        answer = httpx.post(f"{url}/predict", files=[("files", (f"{i}.png", picture(i))) for i in range(4)])
+        answer = httpx.post(f"{url}/predict", files=[("files", (f"{i}.png", picture(i))) for i in range(4)], timeout=60)
     assert answer.status_code == 413
 
 
@@ -265,13 +272,15 @@ def test_a_token(network):
     app = image_app(engines.load(network, "torch"), settings=Settings(token="秘密"))
     with serving(app) as url:
         for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "秘密".encode()}):
-            refused = httpx.post(f"{url}/predict", content=picture(0), headers={"content-type": "image/png", **headers})
+            refused = httpx.post(
+                f"{url}/predict", content=picture(0), headers={"content-type": "image/png", **headers}, timeout=60
+            )
             assert (refused.status_code, refused.headers["www-authenticate"]) == (401, "Bearer")
         let_in = {"content-type": "image/png", "authorization": "Bearer 秘密".encode()}
-        assert httpx.post(f"{url}/predict", content=picture(0), headers=let_in).status_code == 200
-        form = httpx.post(f"{url}/predict", files={"files": picture(0)})
+        assert httpx.post(f"{url}/predict", content=picture(0), headers=let_in, timeout=60).status_code == 200
+        form = httpx.post(f"{url}/predict", files={"files": picture(0)}, timeout=60)
         assert form.status_code == 401
-        assert httpx.get(f"{url}/live").status_code == 200
+        assert httpx.get(f"{url}/live", timeout=60).status_code == 200
 
 
 def test_health_while_the_model_works():
@@ -282,10 +291,10 @@ def test_health_while_the_model_works():
         thread = threading.Thread(target=post, args=(url, red(0)))
         thread.start()
         until(lambda: len(engine.sizes) > calls)
-        assert httpx.get(f"{url}/live").json() == {"status": "live"}
-        assert httpx.get(f"{url}/ready").json() == {"status": "ready"}
+        assert httpx.get(f"{url}/live", timeout=60).json() == {"status": "live"}
+        assert httpx.get(f"{url}/ready", timeout=60).json() == {"status": "ready"}
         engine.gate.set()
-        thread.join(10)
+        thread.join(60)
 
 
 def test_not_ready_until_the_model_has_run_once():
@@ -321,9 +330,9 @@ def test_not_ready_until_the_model_has_run_once():
 
 def test_what_is_counted(network):
     with serving(image_app(engines.load(network, "torch"), settings=Settings())) as url:
-        httpx.post(f"{url}/predict", files=[("files", (f"{i}.png", picture(i))) for i in range(3)])
+        httpx.post(f"{url}/predict", files=[("files", (f"{i}.png", picture(i))) for i in range(3)], timeout=60)
         post(url, b"x")
-        text = httpx.get(f"{url}/metrics").text
+        text = httpx.get(f"{url}/metrics", timeout=60).text
     assert 'companion_requests_total{model="model",status="200"} 1.0' in text
     assert 'companion_requests_total{model="model",status="400"} 1.0' in text
     assert 'companion_batch_size_sum{model="model"} 5.0' in text  # one to warm up, three, and the bad one
@@ -416,7 +425,7 @@ def test_answers_are_the_networks_in_any_company(network):
 def test_the_front_answers_as_the_framework_would(url):
     """Errors of both paths have one form."""
     raw = post(url, b"x").json()
-    form = httpx.post(f"{url}/predict", files={"files": b"x"}).json()
+    form = httpx.post(f"{url}/predict", files={"files": b"x"}, timeout=60).json()
     assert raw == form
     with pytest.raises(urllib.error.HTTPError, match="405"):
         urllib.request.urlopen(f"{url}/predict")

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import httpx
@@ -16,14 +17,15 @@ from companion.serve.image import image_app
 from companion.serve.settings import Settings
 
 sys.path.insert(0, str(Path(__file__).parent))
-from server_cases import Slow, post, red, serving
+from server_cases import Slow, post, red, serving, until
 
 
 def test_stats_are_what_was_noted():
     counted = Counted()
     counts = ModelCounts(counted, "m")
-    counts.batch(BatchReport(3, (0.0005, 0.0015, 0.3), 0.01, 1, 7))
-    counts.batch(BatchReport(32, (0.0,) * 32, 0.02, 0, 0))
+    counts.batch(BatchReport(3, (0.0005, 0.0015, 0.3), 0.01, 1))
+    counts.batch(BatchReport(32, (0.0,) * 32, 0.02, 0))
+    counts.depth.set(7)
     for status, cause in ((200, None), (200, None), (503, None), (503, "shutting_down"), (413, "too_many_items")):
         counts.request(status, cause)
     counts.reload("done")
@@ -33,7 +35,7 @@ def test_stats_are_what_was_noted():
     assert model["requests"] == {"200": 2, "503": 2, "413": 1}
     assert model["rejected"] == {"queue_full": 1, "shutting_down": 1, "too_many_items": 1}
     assert model["reloads"] == {"done": 1}
-    assert (model["failed_items"], model["queue_items"]) == (1, 0)
+    assert (model["failed_items"], model["queue_items"]) == (1, 7)
     sizes = model["batch_size"]
     assert (sizes["count"], sizes["sum"]) == (2, 35)
     assert [bucket for bucket in sizes["buckets"] if bucket[1]] == [[4.0, 1], [32.0, 1]]
@@ -70,6 +72,28 @@ def test_causes_of_requests_that_had_no_answer():
     assert 'companion_rejected_total{cause="too_many_items",model="model"} 1.0' in text
 
 
+def test_the_queue_is_told_while_the_model_works():
+    def queued():
+        return httpx.get(f"{url}/stats", timeout=60).json()["models"]["model"]["queue_items"]
+
+    engine = Slow()
+    app = image_app(engine, settings=Settings())
+    with serving(app) as url:
+        engine.gate.clear()
+        calls = len(engine.sizes)
+        threads = [threading.Thread(target=post, args=(url, red(number))) for number in range(4)]
+        threads[0].start()
+        until(lambda: len(engine.sizes) > calls)
+        for thread in threads[1:]:
+            thread.start()
+        until(lambda: len(app.state.service.batcher.queue) == 3)
+        busy = queued()
+        engine.gate.set()
+        for thread in threads:
+            thread.join(60)
+        assert (busy, queued()) == (3, 0)
+
+
 WORKER = """
 import sys
 from companion.serve.batching import BatchReport
@@ -78,7 +102,8 @@ counted = Counted()
 counts = ModelCounts(counted, "m")
 counted.ready.set(1)
 counts.request(200)
-counts.batch(BatchReport(2, (0.1, 0.2), 0.1, 0, 5))
+counts.batch(BatchReport(2, (0.1, 0.2), 0.1, 0))
+counts.depth.set(5)
 print(counted.stats(), flush=True)
 sys.stdin.read()
 """

@@ -15,7 +15,7 @@ from companion.serve.models import named
 from companion.serve.settings import Settings
 
 sys.path.insert(0, str(Path(__file__).parent))
-from server_cases import Slow, post, red, serving
+from server_cases import Slow, post, red, serving, until
 
 
 def test_each_answers_at_its_own_path_and_the_first_at_predict_too():
@@ -48,9 +48,11 @@ def test_one_that_works_does_not_hold_the_other_up():
     busy, free = Slow(), Slow()
     with serving(image_app({"busy": busy, "free": free}, settings=Settings())) as url:
         busy.gate.clear()
+        calls = len(busy.sizes)
         with httpx.Client(timeout=60) as client:
             waits = threading.Thread(target=post, args=(url, red(1)))
             waits.start()
+            until(lambda: len(busy.sizes) > calls)
             found = client.post(f"{url}/predict/free", content=red(2), headers={"content-type": "image/png"})
             assert found.json()["predictions"] == [2]
             assert waits.is_alive()

@@ -25,7 +25,7 @@ from companion.serve.settings import Settings
 from companion.serve.text import TextClassifier, text_app
 
 sys.path.insert(0, str(Path(__file__).parent))
-from server_cases import serving
+from server_cases import serving, until
 
 VOCABULARY = (*RESERVED, *(f"w{n}" for n in range(200)), "猫", "狗")
 SAID = st.one_of(
@@ -231,16 +231,21 @@ def test_many_clients_get_their_own_answers():
 
 def test_one_text_that_is_too_long_hurts_nobody_else():
     engine = Slow()
-    with serving(text_app(engine, settings=Settings(max_words=50))) as url:
+    app = text_app(engine, settings=Settings(max_words=50))
+    with serving(app) as url:
         engine.gate.clear()
+        calls = len(engine.shapes)
         found = {}
 
         def ask(number):
             found[number] = post(url, [" ".join(["w1"] * (99 if number == 5 else number))])
 
         threads = [threading.Thread(target=ask, args=(number,)) for number in range(8)]
-        for thread in threads:
+        threads[0].start()
+        until(lambda: len(engine.shapes) > calls)
+        for thread in threads[1:]:
             thread.start()
+        until(lambda: len(app.state.service.batcher.queue) == 7)
         engine.gate.set()
         for thread in threads:
             thread.join(60)
