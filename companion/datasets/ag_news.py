@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from companion.datasets.store import data_folder
+from companion.datasets.store import data_folder, put_by_hand
 from companion.datasets.texts import Texts, split_texts
 from companion.errors import CompanionError
 
@@ -35,11 +35,7 @@ def locate(root: str | os.PathLike[str] | None = None) -> Path:
     Raises:
         CompanionError: nothing; the message says what to put where.
     """
-    path = find(root)
-    if path is None:
-        place = data_folder() if root is None else root
-        raise CompanionError(f"AG News is not there, and cannot be downloaded: put {FORMS} into {place}.")
-    return path
+    return put_by_hand(find(root), "AG News", FORMS, root)
 
 
 def trouble(path: Path) -> str | None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from companion.datasets.images import Folder, Zip, decode, decode_mask, open_source, read
-from companion.datasets.store import data_folder
+from companion.datasets.store import data_folder, put_by_hand
 from companion.errors import CompanionError
 
 SPLITS = ("train", "val", "test")
@@ -77,11 +77,7 @@ def locate(root: str | os.PathLike[str] | None = None) -> Path:
     Raises:
         CompanionError: nothing; the message says what to put where.
     """
-    path = find(root)
-    if path is None:
-        place = data_folder() if root is None else root
-        raise CompanionError(f"CamVid is not there, and cannot be downloaded: put {FORMS} into {place}.")
-    return path
+    return put_by_hand(find(root), "CamVid", FORMS, root)
 
 
 def trouble(path: Path) -> str | None:
