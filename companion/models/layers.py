@@ -20,8 +20,9 @@ class Normalize(nn.Module):
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
+        for name, numbers in (("mean", mean), ("std", std)):
+            # Whole numbers would be int64, whose arithmetic with float32 is slow.
+            self.register_buffer(name, torch.tensor(numbers, dtype=torch.get_default_dtype()).view(1, -1, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
         return (images - self.mean) / self.std

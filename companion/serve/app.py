@@ -8,7 +8,6 @@ framework would cost more than the answer.
 import asyncio
 import base64
 import hashlib
-import json
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -19,25 +18,29 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from fastapi_offline import FastAPIOffline
 from pydantic import BaseModel
+from pydantic_core import to_json
 
 from companion import __version__
 from companion.serve import counted
+from companion.serve.counted import Counted
 from companion.serve.service import (
+    CLIENT,
     LAST,
     Answer,
     BadItem,
+    Client,
     Headers,
     HungUp,
-    Receive,
     Refused,
     Service,
     shutting_down,
 )
 from companion.serve.settings import Settings
 
-__all__ = ["Answer", "BadItem", "HungUp", "Receive", "Refused", "Service", "application", "encode", "read_body"]
+__all__ = ["Answer", "Application", "BadItem", "HungUp", "Refused", "Service", "application", "encode", "read_body"]
 
 Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Reader = Callable[[bytes], Sequence[Any]]
 Readers = Mapping[str, Reader]
@@ -75,19 +78,22 @@ ERRORS = {
 }
 
 
-async def read_body(headers: Headers, receive: Receive, settings: Settings) -> bytes:
+async def read_body(scope: Scope, receive: Receive, settings: Settings) -> bytes:
     """The body of a request, as large and as slow as the settings allow.
 
     Raises:
         Refused: too large (413) or too slow (408).
         HungUp: the client did.
     """
-    too_large = Refused(413, f"a request may have {settings.max_bytes} bytes: send less.", [("connection", "close")])
-    if int(headers.get(b"content-length", 0)) > settings.max_bytes:  # a number, or the server would not have let it in
-        raise too_large
+    length = next((value for name, value in scope["headers"] if name == b"content-length"), 0)
+    if int(length) > settings.max_bytes:  # a number, or the server would not have let it in
+        raise _too_large(settings)
+    client = client_of(scope)
+    # To set a timer would take longer than to read a body that is there, as nearly all are.
+    seconds = None if client is not None and client.whole else settings.body_seconds
     parts, size = [], 0
     try:
-        async with asyncio.timeout(settings.body_seconds):
+        async with asyncio.timeout(seconds):
             while True:
                 message = await receive()
                 if message["type"] == "http.disconnect":
@@ -95,7 +101,7 @@ async def read_body(headers: Headers, receive: Receive, settings: Settings) -> b
                 part = message.get("body", b"")
                 size += len(part)
                 if size > settings.max_bytes:
-                    raise too_large
+                    raise _too_large(settings)
                 parts.append(part)
                 if not message.get("more_body", False):
                     return b"".join(parts)
@@ -106,45 +112,59 @@ async def read_body(headers: Headers, receive: Receive, settings: Settings) -> b
         raise shutting_down() from None
 
 
+def _too_large(settings: Settings) -> Refused:
+    return Refused(413, f"a request may have {settings.max_bytes} bytes: send less.", [("connection", "close")])
+
+
+def client_of(scope: Scope) -> Client | None:
+    """Who asked, where the server's connections are ours: other servers do not say when a client hangs up."""
+    return scope.get("extensions", {}).get(CLIENT, {}).get("connection")
+
+
 def encode(answers: Sequence[Answer]) -> bytes:
     """The JSON of the contract."""
-    return json.dumps(
+    return to_json(
         {
             "predictions": [answer.class_id for answer in answers],
             "labels": [answer.label for answer in answers],
             "confidences": [round(answer.confidence, 6) for answer in answers],
-        },
-        ensure_ascii=False,
-    ).encode()
+        }
+    )
 
 
-class Front:
+class Application:
     """ASGI: answers ``POST /predict`` with a body that one call reads, and hands everything else to the framework."""
 
-    def __init__(self, app: Any, services: Mapping[str, Service], readers: Readers) -> None:
+    def __init__(self, framework: FastAPI, services: Mapping[str, Service], counted: Counted, readers: Readers) -> None:
         """
         Args:
-            app: the framework's.
-            services: path → what answers there.
+            framework: answers what is not answered here.
+            services: by name; the first answers at ``/predict`` too.
+            counted: what was counted.
             readers: content type → how its body is read.
         """
-        self.app, self._services = app, services
+        self.framework, self.services, self.counted = framework, services, counted
+        self.service = next(iter(services.values()))
+        """The first."""
+        self._paths = {"/predict": self.service, **{f"/predict/{name}": each for name, each in services.items()}}
         self._readers = {kind.encode(): read for kind, read in readers.items()}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and (service := self._services.get(scope["path"])) and scope["method"] == "POST":
+        if scope["type"] == "http" and (service := self._paths.get(scope["path"])) and scope["method"] == "POST":
             headers = dict(scope["headers"])
             kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
             if read := self._readers.get(kind):
-                await self._answer(service, read, headers, receive, send)
+                await self._answer(service, read, headers, scope, receive, send)
                 return
-        await self.app(scope, receive, send)
+        await self.framework(scope, receive, send)
 
-    async def _answer(self, service: Service, read: Reader, headers: Headers, receive: Receive, send: Send) -> None:
+    async def _answer(
+        self, service: Service, read: Reader, headers: Headers, scope: Scope, receive: Receive, send: Send
+    ) -> None:
         try:
             service.check_token(headers)
-            items = read(await read_body(headers, receive, service.settings))
-            answers = await service.predict(items, receive)
+            items = read(await read_body(scope, receive, service.settings))
+            answers = await service.predict(items, client_of(scope))
         except HungUp:
             service.count(HUNG_UP)
             return
@@ -168,7 +188,7 @@ def application(
     description: str,
     bodies: dict[str, Any],
     readers: Readers,
-) -> FastAPI:
+) -> Application:
     """The whole server, with its documentation at ``/docs``.
 
     Args:
@@ -197,14 +217,11 @@ def application(
                 await asyncio.gather(*(service.batcher.close(grace=LAST) for service in services))
 
     app = FastAPIOffline(title=title, description=description, version=__version__, lifespan=lifespan, redoc_url=None)
-    app.state.service, app.state.services, app.state.counted = first, by_name, stats
-    paths = {"/predict": first, **{f"/predict/{name}": service for name, service in by_name.items()}}
-    app.add_middleware(Front, services=paths, readers=readers)
 
     async def answer(service: Service, request: Request) -> Response:
         try:
             service.check_token(dict(request.scope["headers"]))
-            found = await service.predict(await items(request), request.receive)
+            found = await service.predict(await items(request), client_of(request.scope))
         except HungUp:
             service.count(HUNG_UP)
             return Response(status_code=HUNG_UP)
@@ -274,7 +291,7 @@ def application(
     async def index() -> Response:
         return HTMLResponse(page, headers=headers)
 
-    return app
+    return Application(app, by_name, stats, readers)
 
 
 def _refusal(refused: Refused) -> Response:

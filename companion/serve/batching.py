@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from threading import Thread
 from types import TracebackType
 from typing import Any, Self
@@ -20,6 +20,7 @@ from companion.errors import CompanionError
 
 HELD = 0.2  # of a call's fixed cost: longer, and a call for those who came would have been over sooner
 TICK = 0.001  # seconds: shorter waits uvloop takes for none
+REST = 0.02  # seconds: while a call that is shorter runs, the event loop rests
 REMEMBERED = 0.1  # the weight of the newest call among those of its size
 
 
@@ -216,6 +217,14 @@ class BatchQueue:
             del self._waiting[entry]
         return self._running
 
+    def short(self) -> bool:
+        """Whether the batch that runs is expected to be over so soon that the event loop had better rest meanwhile.
+
+        Both would run on cores of their own, but there is one interpreter: they hand it to and fro, and each time its
+        data go from one core to the other. That costs a small network more than the work side by side brings.
+        """
+        return self.cost.seconds(len(self._running)) <= REST
+
     def finish(self, now: float, seconds: float | None) -> None:
         """The batch that `look` gave has been run.
 
@@ -329,6 +338,8 @@ class Batcher:
         self._idle = asyncio.Event()
         self._idle.set()
         self._jobs: SimpleQueue[tuple[list[Entry], float] | asyncio.Future[None] | None] = SimpleQueue()
+        self._ended: SimpleQueue[tuple[list[Entry], float, float, list[Any]]] = SimpleQueue()
+        self._resting = False
         Thread(target=self._work, name="batcher", daemon=True).start()
         self._open = True
         return self
@@ -412,7 +423,7 @@ class Batcher:
             entry.timer.cancel()
         if self.queue.discard(entry):
             self._note_queue()
-            self._rest()
+            self._check_idle()
 
     def _expire(self, entry: Entry) -> None:
         if not entry.future.done():
@@ -423,7 +434,7 @@ class Batcher:
         if self._later is not None:
             self._later.cancel()
             self._later = None
-        if not self._soon and not self.queue.busy:
+        if not self._soon and not self.queue.busy and len(self.queue):
             self._soon = True
             self._loop.call_soon(self._look)
 
@@ -432,12 +443,29 @@ class Batcher:
         now = self._clock()
         found = self.queue.look(now)
         if isinstance(found, list):
-            self._jobs.put((found, now))
             self._note_queue()
+            self._resting = self.queue.short()
+            self._jobs.put((found, now))
+            if self._resting:
+                self._rest()
         elif found == now:
             self._wake()
         elif found is not None:
             self._later = self._loop.call_later(max(found - now, TICK), self._wake)
+
+    def _rest(self) -> None:
+        """Keep the loop from running until the call has ended, or does not end."""
+        self._hear(REST)
+        self._resting = False
+        self._hear()  # what ended just now, when the thread thought that somebody waits for it
+
+    def _hear(self, seconds: float = 0.0) -> None:
+        """Finish the batch whose call has ended, or ends within these seconds."""
+        try:
+            ended = self._ended.get(seconds > 0, seconds)
+        except Empty:
+            return
+        self._finish(*ended)
 
     def _work(self) -> None:
         """The thread."""
@@ -450,13 +478,16 @@ class Batcher:
             began = self._clock()
             answers = _answers(self.predict, [entry.item for entry in batch])
             seconds = self._clock() - began
-            with suppress(RuntimeError):  # the loop has ended, and with it those who asked
-                self._loop.call_soon_threadsafe(self._finish, batch, formed, seconds, answers)
+            self._ended.put((batch, formed, seconds, answers))
+            if not self._resting:
+                with suppress(RuntimeError):  # the loop has ended, and with it those who asked
+                    self._loop.call_soon_threadsafe(self._hear)
 
     def _finish(self, batch: list[Entry], formed: float, seconds: float, answers: list[Any]) -> None:
         failed = sum(isinstance(answer, BaseException) for answer in answers)
         self.queue.finish(self._clock(), None if failed else seconds)
-        self._wake()  # before the answers, so that the model works while they are written
+        if not self._resting:
+            self._wake()  # before the answers, so that the model works while they are written
         for entry, answer in zip(batch, answers, strict=True):
             if entry.future.done():  # meanwhile too late, or cancelled
                 continue
@@ -464,7 +495,8 @@ class Batcher:
                 entry.future.set_exception(answer)
             else:
                 entry.future.set_result(answer)
-        self._rest()
+        self._wake()
+        self._check_idle()
         if self._on_batch is not None:
             waited = tuple(formed - entry.arrived for entry in batch)
             self._on_batch(BatchReport(len(batch), waited, seconds, failed))
@@ -473,7 +505,7 @@ class Batcher:
         if self._on_queue is not None:
             self._on_queue(len(self.queue))
 
-    def _rest(self) -> None:
+    def _check_idle(self) -> None:
         if not self.queue.busy and not len(self.queue):
             self._idle.set()
 

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from fastapi import FastAPI, Request
+from fastapi import Request
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
@@ -15,7 +15,7 @@ from companion.engines import Engine
 from companion.engines.base import one_sentence
 from companion.errors import CompanionError
 from companion.serve.answers import most_likely
-from companion.serve.app import Answer, BadItem, Receive, Refused, application, read_body
+from companion.serve.app import Answer, Application, BadItem, Receive, Refused, application, read_body
 from companion.serve.models import Model
 from companion.serve.service import Source, services_of
 from companion.serve.settings import Settings, settings_from
@@ -99,7 +99,7 @@ def _model(engine: Engine, settings: Settings) -> Model:
 
 def image_app(
     model: Source | Mapping[str, Source], *, engine: str | None = None, settings: Settings | None = None
-) -> FastAPI:
+) -> Application:
     """A server for networks that classify images.
 
     Args:
@@ -120,7 +120,7 @@ def image_app(
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "multipart/form-data":
             raise Refused(415, f"send {', '.join(TYPES[:2])} or multipart/form-data, not {kind or 'nothing'}.")
-        body = await read_body(dict(request.scope["headers"]), request.receive, settings)
+        body = await read_body(request.scope, request.receive, settings)
         try:
             form = await Request(request.scope, _replay(body)).form(max_files=settings.max_items)
         except UnicodeError as error:  # the form may choose its codec, and some of Python's raise more than they should

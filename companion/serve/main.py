@@ -11,10 +11,9 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
-from fastapi import FastAPI
-
 from companion.errors import CompanionError
 from companion.serve import counted, logs
+from companion.serve.app import Application
 from companion.serve.models import leave
 from companion.serve.settings import Settings
 
@@ -24,7 +23,7 @@ APPS = {"image": "companion.serve.image:image_app", "text": "companion.serve.tex
 log = logging.getLogger("companion.serve")
 
 
-def create(kind: str, models: Mapping[str, Path], engine: str | None, settings: Settings) -> FastAPI:
+def create(kind: str, models: Mapping[str, Path], engine: str | None, settings: Settings) -> Application:
     """The application.
 
     Raises:
@@ -75,7 +74,7 @@ def run(
         if workers == 1:
             run_one(app, settings, listening, lambda: announce(address))
         else:
-            for service in app.state.services.values():  # the workers have their own
+            for service in app.services.values():  # the workers have their own
                 if service.model.release is not None:
                     service.model.release()
             del app

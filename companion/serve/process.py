@@ -20,10 +20,10 @@ from types import FrameType
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI
 
 from companion.errors import CompanionError
 from companion.serve import counted, logs
+from companion.serve.app import Application
 from companion.serve.models import leave
 from companion.serve.protocol import Connection, State
 from companion.serve.service import LAST
@@ -39,7 +39,7 @@ log = logging.getLogger("companion.serve")
 class Server(uvicorn.Server):
     """uvicorn's, without its polling, with our connections, and with an end that answers what was accepted."""
 
-    def __init__(self, app: FastAPI, settings: Settings, started: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, app: Application, settings: Settings, started: Callable[[], None] = lambda: None) -> None:
         """
         Args:
             app: of `companion.serve.app.application`.
@@ -57,7 +57,7 @@ class Server(uvicorn.Server):
         )
         super().__init__(config)
         self._app, self._tell = app, started
-        cut = app.state.counted.connections.labels
+        cut = app.counted.connections.labels
         self.server_state: State = State(settings, lambda cause: cut(cause).inc())
         self._end: asyncio.Event | None = None
 
@@ -73,7 +73,7 @@ class Server(uvicorn.Server):
 
     def reload(self) -> None:
         """Load all models again."""
-        for service in self._app.state.services.values():
+        for service in self._app.services.values():
             service.reload()
 
     async def main_loop(self) -> None:
@@ -101,7 +101,7 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def run_one(app: FastAPI, settings: Settings, listening: socket.socket, started: Callable[[], None]) -> None:
+def run_one(app: Application, settings: Settings, listening: socket.socket, started: Callable[[], None]) -> None:
     """Serve in this process until SIGTERM or SIGINT."""
     server = Server(app, settings, started)
     for number in (signal.SIGTERM, signal.SIGINT):  # until uvicorn listens to them itself, and afterwards
@@ -139,7 +139,7 @@ class Workers:
     """Processes that answer on one port; one that dies is replaced. Nothing is polled."""
 
     def __init__(
-        self, create: Callable[[], FastAPI], settings: Settings, listening: socket.socket, count: int, folder: str
+        self, create: Callable[[], Application], settings: Settings, listening: socket.socket, count: int, folder: str
     ) -> None:
         """
         Args:
@@ -274,7 +274,9 @@ def _signals() -> Iterator[socket.socket]:
                 signal.signal(number, handler)
 
 
-def _work(create: Callable[[], FastAPI], settings: Settings, listening: socket.socket, pipe: Pipe, folder: str) -> None:
+def _work(
+    create: Callable[[], Application], settings: Settings, listening: socket.socket, pipe: Pipe, folder: str
+) -> None:
     """A worker's process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of a terminal; the parent passes on the end
     if hasattr(signal, "SIGHUP"):

@@ -17,8 +17,10 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
+from companion.serve.service import CLIENT
 from companion.serve.settings import Settings
 
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 LONGEST_HEAD = 64 * 1024  # bytes; of what ends a body in chunks, too
 SPARE = 64  # open files that are no connections
 SAID = {
@@ -99,8 +101,32 @@ class State(ServerState):
             self.default_headers = [(b"date", formatdate(now, usegmt=True).encode())]
 
 
+class Writer:
+    """Sends the head of an answer together with the first part of its body: one system call where uvicorn makes two."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport, self._head = transport, b""
+        self.is_closing = transport.is_closing
+
+    def write(self, data: bytes) -> None:
+        if not self._head and data.startswith(b"HTTP/1.1 ") and data != CONTINUE:
+            self._head = data
+            return
+        self._transport.write(self._head + data)
+        self._head = b""
+
+    def flush(self) -> None:
+        """Send a head without a body."""
+        if self._head:
+            self.write(b"")
+
+    def close(self) -> None:
+        self.flush()
+        self._transport.close()
+
+
 class Connection(HttpToolsProtocol):
-    """uvicorn's, with limits."""
+    """uvicorn's, with limits, and a `companion.serve.service.Client` for whoever answers."""
 
     server_state: State
 
@@ -116,9 +142,12 @@ class Connection(HttpToolsProtocol):
         self._loose = 0  # bytes read since a head or a part of a body was complete
         self._active: RequestResponseCycle | None = None  # answered now, or last; uvicorn's own is the newest
         self._deaf: asyncio.TimerHandle | None = None
+        self._extensions: dict[str, dict[object, object]] = {CLIENT: {"connection": self}}
+        self.on_gone: Callable[[], None] | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self._writer = Writer(transport)
         self.server_state.await_head(self)
         self.server_state.make_room(self)
 
@@ -157,7 +186,9 @@ class Connection(HttpToolsProtocol):
         self._in_head, self._loose = False, 0
         state.waiting.pop(self, None)
         state.date()
+        self.scope["extensions"] = self._extensions
         super().on_headers_complete()
+        self.cycle.transport = self._writer  # type: ignore[assignment]
         if state.draining:
             self.cycle.keep_alive = False
 
@@ -176,7 +207,18 @@ class Connection(HttpToolsProtocol):
         if state.held > state.settings.max_memory:
             self.refuse(503, "memory")
 
+    @property
+    def whole(self) -> bool:
+        """Whether the body of the request that is answered is there."""
+        return self._active is not None and not self._active.more_body
+
+    @property
+    def gone(self) -> bool:
+        """Whether nobody waits for the answer any more."""
+        return self._active is None or self._active.disconnected
+
     def on_response_complete(self) -> None:
+        self._writer.flush()
         self._let_go()
         state = self.server_state
         state.total_requests += 1
@@ -225,6 +267,8 @@ class Connection(HttpToolsProtocol):
         if self._active is not None and not self._active.response_complete:
             self._active.disconnected = True
             self._active.message_event.set()
+            if self.on_gone is not None:
+                self.on_gone()
         self.pipeline.clear()
         self._let_go()
 

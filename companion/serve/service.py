@@ -7,12 +7,12 @@ import logging
 import math
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from companion import engines
 from companion.engines import Engine
@@ -22,11 +22,12 @@ from companion.serve.counted import Counted, ModelCounts
 from companion.serve.models import Model, in_thread, load_whole, signature
 from companion.serve.settings import Settings
 
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Headers = Mapping[bytes, bytes]
 
+CLIENT = "companion.client"
+"""The extension of an ASGI scope that holds the `Client` as its ``connection``."""
+
 LAST = 1.0  # seconds for a call of the model that is still running at the end
-PATIENCE = 0.02  # seconds after which it is worth asking whether the client is still there
 LOOK = 0.5  # seconds between two looks at a model's file
 QUIET = 1.0  # seconds between two tracebacks in the logs of one model
 
@@ -59,6 +60,21 @@ class Refused(CompanionError):
 
 class HungUp(Exception):
     """The client left; nobody is there to be answered."""
+
+
+class Client(Protocol):
+    """Who asked, as the server's connections know it."""
+
+    on_gone: Callable[[], None] | None
+    """Called when the client hangs up, whose request's it is."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether all of the request is there."""
+
+    @property
+    def gone(self) -> bool:
+        """Whether the client has hung up."""
 
 
 class BadItem(CompanionError):
@@ -197,18 +213,20 @@ class Service:
     def _data(self, **more: Any) -> dict[str, Any]:
         return {"data": {"model": self.name, **({"file": str(self._path)} if self._path else {}), **more}}
 
-    async def predict(self, items: Sequence[Any], receive: Receive | None = None) -> list[Answer]:
+    async def predict(self, items: Sequence[Any], client: Client | None = None) -> list[Answer]:
         """The answers to the items of one request.
 
         Args:
             items: what the model takes.
-            receive: says when the client hangs up, so that its items leave the queue.
+            client: whose items leave the queue when it hangs up; None is not watched.
 
         Raises:
             Refused: with the status to answer with.
             HungUp: the client did.
         """
         settings = self.settings
+        if client is not None and client.gone:
+            raise HungUp
         if len(items) > settings.max_items:
             said = f"a request may have {settings.max_items} items, not {len(items)}: send several."
             raise Refused(413, said, cause="too_many_items")
@@ -221,13 +239,14 @@ class Service:
             raise shutting_down() from closed
         except CompanionError as error:
             raise Refused(413, str(error), cause="too_many_items") from error
-        watch = None if receive is None else _Watch(futures, receive)
+        if client is not None:
+            client.on_gone = partial(_cancel, futures)
         try:
             return [
                 await self._answer(future, number if len(items) > 1 else None) for number, future in enumerate(futures)
             ]
         except asyncio.CancelledError:
-            if watch is not None and watch.hung_up:
+            if client is not None and client.gone:
                 raise HungUp from None
             # Nobody else cancels a request but a server whose time to end is up.
             raise shutting_down() from None
@@ -236,10 +255,9 @@ class Service:
         except BatcherClosed as closed:
             raise shutting_down() from closed
         finally:
-            if watch is not None:
-                watch.end()
-            for future in futures:  # of a request that is refused for one of its items, the others are for nobody
-                future.cancel()
+            if client is not None:
+                client.on_gone = None
+            _cancel(futures)  # of a request that is refused for one of its items, the others are for nobody
 
     async def _answer(self, future: asyncio.Future[Answer], number: int | None) -> Answer:
         try:
@@ -281,29 +299,9 @@ def shutting_down() -> Refused:
     return Refused(503, "the server is shutting down.", [("retry-after", "1")], cause="shutting_down")
 
 
-class _Watch:
-    """Cancels futures when the client hangs up, after which an answer would be work for nobody."""
-
-    def __init__(self, futures: Sequence[asyncio.Future[Any]], receive: Receive) -> None:
-        self.hung_up = False
-        self._futures, self._receive = futures, receive
-        self._listening: asyncio.Task[None] | None = None
-        # Most answers are there before it would be worth a task to watch the connection.
-        self._begins = asyncio.get_running_loop().call_later(PATIENCE, self._begin)
-
-    def _begin(self) -> None:
-        self._listening = asyncio.create_task(self._listen())
-
-    async def _listen(self) -> None:
-        await self._receive()  # the body is read, so that nothing but the end can come
-        self.hung_up = True
-        for future in self._futures:
-            future.cancel()
-
-    def end(self) -> None:
-        self._begins.cancel()
-        if self._listening is not None:
-            self._listening.cancel()
+def _cancel(futures: Sequence[asyncio.Future[Any]]) -> None:
+    for future in futures:
+        future.cancel()
 
 
 Source = str | os.PathLike[str] | Engine

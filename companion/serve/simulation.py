@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from companion.errors import CompanionError
-from companion.serve.batching import TICK, BatchQueue, Entry, QueueFull
+from companion.serve.batching import REST, TICK, BatchQueue, Entry, QueueFull
 
 INSTANT = 1e-6  # seconds; the fastest of real clients take longer
 
@@ -69,7 +69,8 @@ def simulate(
         clients: how many, from 1.
         rate: requests a second.
         http: seconds of the event loop for each request: a quarter to read it, a quarter to queue it a turn later, and
-            half to answer. The loop does one thing at a time, and the model runs beside it.
+            half to answer. The loop does one thing at a time, and rests while a short call of the model runs; a long
+            one runs beside it.
         away: seconds from an answer to the client's next request, for its own work and the network both ways. That is
             the average of 0.5 to 1.5 times as much: real clients are not in step.
         generator: seconds that a load generator works for each request, half to send it and half to take the answer.
@@ -175,14 +176,22 @@ def simulate(
         return now
 
     def look(now: float) -> float:
-        nonlocal looks
+        nonlocal looks, worked
         looks = False
         found = queue.look(now)
         if isinstance(found, list):
             sizes.append(len(found))
             taken = seconds_of(len(found))
-            at(now + wake + taken + wake, partial(end, found, taken, worked))
-        elif found == now:
+            ends = now + wake + taken + wake
+            awake = min(ends, now + REST) if queue.short() else now
+            if ends <= awake:
+                queue.finish(ends, taken)
+                ready.extend(partial(reply, entry.item, True) for entry in found)
+                return wake_up(ends)
+            at(ends, partial(end, found, taken, worked))
+            worked -= awake - now  # rest is no work
+            return awake
+        if found == now:
             wake_up(now)
         elif found is not None:
             at(max(found, now + TICK), partial(arrive, partial(ring, timer)))
@@ -203,8 +212,9 @@ def simulate(
 
     def finish(batch: list[Entry], taken: float, now: float) -> float:
         queue.finish(now, taken)
+        wake_up(now)  # before the answers
         ready.extend(partial(reply, entry.item, True) for entry in batch)
-        return wake_up(now)
+        return now
 
     def reply(due: float, right: bool, now: float) -> float:
         now += http / 2

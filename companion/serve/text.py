@@ -7,14 +7,14 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from fastapi import FastAPI, Request
+from fastapi import Request
 
 from companion.datasets.words import PADDING, encode, word_ids
 from companion.engines import Engine
 from companion.engines.base import one_sentence
 from companion.errors import CompanionError
 from companion.serve.answers import most_likely
-from companion.serve.app import Answer, BadItem, Refused, application
+from companion.serve.app import Answer, Application, BadItem, Refused, application
 from companion.serve.models import Model
 from companion.serve.service import Source, services_of
 from companion.serve.settings import Settings, settings_from
@@ -131,7 +131,7 @@ def _model(engine: Engine, settings: Settings) -> Model:
 
 def text_app(
     model: Source | Mapping[str, Source], *, engine: str | None = None, settings: Settings | None = None
-) -> FastAPI:
+) -> Application:
     """A server for networks that classify texts.
 
     Args:

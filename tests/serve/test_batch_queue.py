@@ -266,6 +266,18 @@ def test_wrong_values_are_refused(options, said):
         BatchQueue(**options)
 
 
+def test_a_call_is_short_if_those_before_were():
+    queue = BatchQueue()
+    assert ran(queue, [1, 2], 0.0, 0.01) == [1, 2]
+    queue.add([3, 4], 1.0)
+    taken(queue, 1.0)
+    assert queue.short()
+    queue.finish(2.0, 1.0)
+    queue.add([5], 3.0)
+    taken(queue, 3.0)
+    assert not queue.short()
+
+
 class Traffic(RuleBasedStateMachine):
     """Anything may happen in any order: nobody is lost, doubled, overtaken or kept waiting for ever."""
 

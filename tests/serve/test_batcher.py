@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from contextlib import suppress
 
 import pytest
@@ -431,3 +432,47 @@ def test_a_batch_takes_a_few_looks_and_an_idle_batcher_none(policy):
 def test_wrong_waits_are_refused(value):
     with pytest.raises(CompanionError, match="max_wait_ms is"):
         Batcher(Model(), max_wait_ms=value)
+
+
+class Counting:
+    """Notes how many turns the loop makes during each call, which takes ``seconds``."""
+
+    def __init__(self, seconds):
+        self.seconds, self.turns, self.during = seconds, 0, []
+
+    def __call__(self, items):
+        before = self.turns
+        time.sleep(self.seconds)
+        self.during.append(self.turns - before)
+        return items
+
+    async def turn(self):
+        while True:
+            await asyncio.sleep(0)
+            self.turns += 1
+
+
+@pytest.mark.parametrize(("seconds", "rests"), [(0.002, True), (0.05, False)])
+def test_the_loop_rests_while_a_short_call_runs(seconds, rests):
+    async def scenario(batcher, model):
+        turning = asyncio.create_task(model.turn())
+        for item in range(5):
+            assert await batcher.submit(item) == item
+        turning.cancel()
+        # The first call may be anything, and a thread may sleep longer than it was told to.
+        return sorted(model.during[1:])[1]
+
+    turns = run(scenario, Counting(seconds))
+    assert (turns == 0) == rests
+
+
+def test_the_loop_does_not_rest_for_a_call_that_does_not_end():
+    async def scenario(batcher, model):
+        assert await batcher.submit(1) == 2
+        model.gate.clear()
+        answer = batcher.submit(2)
+        # The call ends only when the loop goes on and opens the gate.
+        asyncio.get_running_loop().call_later(0.001, model.gate.set)
+        return await answer, await batcher.submit(3)
+
+    assert run(scenario) == (4, 6)

@@ -13,13 +13,53 @@ import pytest
 
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
 from companion.serve.image import image_app
-from companion.serve.protocol import LONGEST_HEAD
+from companion.serve.protocol import LONGEST_HEAD, Writer
 from companion.serve.settings import Settings
 
 sys.path.insert(0, str(Path(__file__).parent))
 from server_cases import Slow, post, red, serving, until
 
 GET = b"GET /live HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+class Wire:
+    """A transport that notes its writes."""
+
+    def __init__(self):
+        self.writes = []
+        self.write = self.writes.append
+
+    def is_closing(self):
+        return None in self.writes
+
+    def close(self):
+        self.writes.append(None)
+
+
+def test_head_and_body_leave_together():
+    wire = Wire()
+    writer = Writer(wire)
+    head = b"HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\n"
+    for _ in range(2):
+        writer.write(head)
+        writer.write(b"four")
+        writer.flush()
+    assert wire.writes == [head + b"four"] * 2
+    writer.write(b"more of it")
+    assert wire.writes[2:] == [b"more of it"]
+
+
+def test_a_head_without_a_body_and_one_that_asks_for_more_do_not_wait():
+    wire = Wire()
+    writer = Writer(wire)
+    writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+    assert wire.writes == [b"HTTP/1.1 100 Continue\r\n\r\n"]
+    writer.write(b"HTTP/1.1 204 No Content\r\n\r\n")
+    writer.flush()
+    writer.write(b"HTTP/1.1 304 Not Modified\r\n\r\n")
+    writer.close()
+    assert wire.writes[1:] == [b"HTTP/1.1 204 No Content\r\n\r\n", b"HTTP/1.1 304 Not Modified\r\n\r\n", None]
+    assert writer.is_closing()
 
 
 def connect(url):
@@ -142,7 +182,7 @@ def test_requests_at_work_are_never_closed_to_make_room():
         until(lambda: len(engine.sizes) > calls, 60)
         for thread in threads[1:]:
             thread.start()
-        until(lambda: len(app.state.service.batcher.queue) == 2, 60)
+        until(lambda: len(app.service.batcher.queue) == 2, 60)
         with connect(url) as further:
             assert rest(further).startswith(b"HTTP/1.1 503 ")
         engine.gate.set()
@@ -190,7 +230,7 @@ def test_trailers_and_many_small_chunks_are_no_reason_to_refuse():
     with serving(image_app(Slow(), settings=Settings())) as url, connect(url) as connection:
         for part in (head, *parts, b"0\r\nx-sum: 1\r\n\r\n"):
             connection.sendall(part)
-        assert b'"predictions": [7]' in answer(connection)
+        assert b'"predictions":[7]' in answer(connection)
 
 
 def test_what_is_no_http():
@@ -282,7 +322,7 @@ def test_pipelined_requests_are_answered_in_order():
         said = b""
         while said.count(b"}") < 5:
             said += connection.recv(65536)
-    places = [said.index(b'"predictions": [%d]' % number) for number in range(5)]
+    places = [said.index(b'"predictions":[%d]' % number) for number in range(5)]
     assert places == sorted(places)
 
 
@@ -297,8 +337,8 @@ def test_who_hangs_up_leaves_no_work_behind_whatever_was_pipelined(caplog):
             running.sendall(predict(red(1)) + predict(red(2)))
             until(lambda: engine.sizes, 60)
             queued.sendall(predict(red(3)) + predict(red(4)))
-            until(lambda: len(app.state.service.batcher.queue) == 1, 60)
-        until(lambda: len(app.state.service.batcher.queue) == 0, 60)
+            until(lambda: len(app.service.batcher.queue) == 1, 60)
+        until(lambda: len(app.service.batcher.queue) == 0, 60)
         engine.gate.set()
         assert post(url, red(5)).json()["predictions"] == [5]
         counts = httpx.get(f"{url}/stats", timeout=60, verify=False).json()["models"]["model"]
@@ -333,5 +373,5 @@ def test_the_answer_at_the_end_says_that_the_connection_ends():
         threading.Thread(target=lambda: (until(lambda: refuses(url), 60), engine.gate.set())).start()
     with connection:
         said = rest(connection)
-    assert b'"predictions": [4]' in said
+    assert b'"predictions":[4]' in said
     assert b"\r\nconnection: close\r\n" in said

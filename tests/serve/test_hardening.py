@@ -162,7 +162,7 @@ def test_a_deadline_that_passes_in_the_queue_is_504_and_never_reaches_the_model(
         late = burst(url, [coloured(number) for number in range(1, 6)])
         assert [answer.status_code for answer in late] == [504] * 5
         assert late[0].json() == {"detail": "there was no answer within 0.3 s."}
-        assert len(app.state.service.batcher.queue) == 0
+        assert len(app.service.batcher.queue) == 0
         engine.gate.set()
         first.join(60)
         until(lambda: post(url, coloured(7)).status_code == 200)
@@ -190,7 +190,7 @@ def test_clients_that_hang_up_while_queued_are_not_run(form, how):
         gone = [socket.create_connection((host, int(port))) for _ in range(20)]
         for connection in gone:
             connection.sendall(request)
-        queue = app.state.service.batcher.queue
+        queue = app.service.batcher.queue
         until(lambda: len(queue) == 20)
         for connection in gone:
             if how == "reset":

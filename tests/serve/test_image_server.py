@@ -144,7 +144,7 @@ def test_a_full_queue_says_when_to_come_again():
         until(lambda: len(engine.sizes) > calls)
         for thread in threads[1:]:
             thread.start()
-        until(lambda: len(app.state.service.batcher.queue) == 3)
+        until(lambda: len(app.service.batcher.queue) == 3)
         refused = post(url, red(9))
         engine.gate.set()
         for thread in threads:
@@ -178,7 +178,7 @@ def test_clients_that_hang_up_in_the_queue_are_not_run():
         gone = [socket.create_connection((host, int(port))) for _ in range(50)]
         for connection in gone:
             connection.sendall(head.encode() + body)
-        until(lambda: len(app.state.service.batcher.queue) == 50)
+        until(lambda: len(app.service.batcher.queue) == 50)
         for connection in gone:
             connection.close()
         until(
@@ -202,7 +202,7 @@ def test_what_was_accepted_is_answered_when_the_server_ends():
         threads = [threading.Thread(target=lambda n=n: found.append(post(url, red(n)))) for n in range(20)]
         for thread in threads:
             thread.start()
-        until(lambda: len(engine.sizes) == 3 and engine.sizes[2] + len(app.state.service.batcher.queue) == 20)
+        until(lambda: len(engine.sizes) == 3 and engine.sizes[2] + len(app.service.batcher.queue) == 20)
         threading.Timer(0.3, engine.gate.set).start()
     for thread in threads:
         thread.join(60)
@@ -310,12 +310,12 @@ def test_not_ready_until_the_model_has_run_once():
                 found.append((await client.get("/ready")).status_code)
 
             async def live():
-                async with app.router.lifespan_context(app):
+                async with app.framework.router.lifespan_context(app):
                     await ask()
 
             await ask()
             life = asyncio.create_task(live())
-            while len(engine.sizes) < 2:
+            while len(engine.sizes) < 2 and not life.done():
                 await asyncio.sleep(0.001)
             await ask()  # while it warms up
             engine.gate.set()
@@ -341,7 +341,7 @@ def test_what_is_counted(network):
 
 
 def test_the_openapi_document_names_bodies_and_errors(app):
-    document = app.openapi()
+    document = app.framework.openapi()
     operation = document["paths"]["/predict"]["post"]
     assert {"image/png", "image/jpeg", "multipart/form-data"} <= operation["requestBody"]["content"].keys()
     assert {"200", "400", "401", "408", "413", "415", "422", "500", "503", "504"} <= operation["responses"].keys()
@@ -358,8 +358,8 @@ def test_items_of_a_request_that_is_refused_are_not_run(caplog):
         files = [*bad, *(("files", ("c.png", red(n))) for n in range(198))]
         answer = httpx.post(f"{url}/predict", files=files, timeout=60)
         assert (answer.status_code, answer.json()["detail"][:7]) == (400, "item 0:")
-        until(lambda: not app.state.service.batcher.queue.busy)
-        assert len(app.state.service.batcher.queue) == 0
+        until(lambda: not app.service.batcher.queue.busy)
+        assert len(app.service.batcher.queue) == 0
         assert len(engine.sizes) - calls <= 2
     assert "never retrieved" not in caplog.text
 

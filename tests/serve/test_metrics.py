@@ -86,7 +86,7 @@ def test_the_queue_is_told_while_the_model_works():
         until(lambda: len(engine.sizes) > calls)
         for thread in threads[1:]:
             thread.start()
-        until(lambda: len(app.state.service.batcher.queue) == 3)
+        until(lambda: len(app.service.batcher.queue) == 3)
         busy = queued()
         engine.gate.set()
         for thread in threads:

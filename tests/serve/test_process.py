@@ -169,14 +169,14 @@ def test_models_that_hang_do_not_hold_up_the_end_nor_each_other(monkeypatch):
         closing -= 1
 
     async def live():
-        async with app.router.lifespan_context(app):
+        async with app.framework.router.lifespan_context(app):
             for engine in hanging.values():
                 engine.gate.clear()
-            asked = [service.batcher.enqueue([red(1)])[0] for service in app.state.services.values()]
+            asked = [service.batcher.enqueue([red(1)])[0] for service in app.services.values()]
             while any(len(engine.sizes) < 3 for engine in hanging.values()):
                 await asyncio.sleep(0.001)
         await asyncio.gather(*asked, return_exceptions=True)
-        return [service.batcher.queue.busy for service in app.state.services.values()]
+        return [service.batcher.queue.busy for service in app.services.values()]
 
     monkeypatch.setattr(Batcher, "close", counted)
     try:

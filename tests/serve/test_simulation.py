@@ -52,12 +52,16 @@ def test_as_another_simulation_of_eight_clients(policy, wait, throughput, p50):
     assert 1e3 * found.latency() == pytest.approx(p50, rel=0.1)
 
 
+def large(n):
+    return 120e-3 + 25e-3 * n
+
+
 @pytest.mark.parametrize("policy", ["idle", "fixed"])
 def test_clients_out_of_step_stay_in_groups_that_take_turns(policy):
     """While one group is in the model the other is answered and asks again; nothing brings them together. The cost is
     linear, so two groups take as long as two halves would."""
-    found = simulate(resnet18, clients=8, http=0, away=0.001, policy=policy, max_wait_ms=2)
-    assert found.throughput == pytest.approx(4 / resnet18(4), rel=0.05)
+    found = simulate(large, clients=8, http=0, away=0.01, policy=policy, max_wait_ms=20, seconds=100)
+    assert found.throughput == pytest.approx(4 / large(4), rel=0.05)
     late = found.batch_sizes[len(found.batch_sizes) // 2 :]
     assert set(late[1:] + late[:-1]) == {8}
 
@@ -70,12 +74,26 @@ def test_a_request_by_hand():
     assert found.throughput == pytest.approx(1 / 0.022, rel=0.01)
 
 
-@pytest.mark.parametrize(("shared", "period"), [(0, 0.012), (0.5, 0.013), (1, 0.014)])
+@pytest.mark.parametrize(("shared", "period"), [(0, 0.1), (0.5, 0.12), (1, 0.14)])
 def test_the_loop_holds_up_the_model_by_what_they_share(shared, period):
-    """Two clients, one at a time: after a call of 10 one is answered (2), then the other's call begins, and while it
-    runs the first is read and queued again (1 + 1)."""
-    found = simulate(lambda n: 0.010, clients=2, http=0.004, away=0, shared=shared, max_batch_size=1)
+    """Two clients, one at a time: after a call of 100 the other's call begins, and while it runs the first is answered
+    (20), read and queued again (10 + 10)."""
+    found = simulate(lambda n: 0.1, clients=2, http=0.04, away=0, shared=shared, max_batch_size=1, seconds=100)
     assert found.throughput == pytest.approx(1 / period, rel=0.01)
+
+
+@pytest.mark.parametrize("shared", [0, 1])
+def test_the_loop_rests_while_a_short_call_runs(shared):
+    """Two clients, one at a time: a call of 10, and only then is its client answered (2), read and queued again."""
+    found = simulate(lambda n: 0.01, clients=2, http=0.004, away=0, shared=shared, max_batch_size=1)
+    assert found.throughput == pytest.approx(1 / 0.014, rel=0.01)
+
+
+def test_the_loop_does_not_rest_for_good():
+    """A call of 10 comes to take 100 at once: the loop goes on after 20 of them, and when it knows, at once."""
+    calls = iter([0.01, 0.01, *[0.1] * 10_000])
+    found = simulate(lambda n: next(calls), clients=2, http=0.04, away=0, shared=0, max_batch_size=1, seconds=100)
+    assert found.throughput == pytest.approx(1 / 0.1, rel=0.01)
 
 
 def test_a_load_generator_is_a_bottleneck_too():
@@ -85,8 +103,8 @@ def test_a_load_generator_is_a_bottleneck_too():
 
 def test_clients_who_are_refused_come_again():
     """Four clients and one place to wait: the model works without a pause, and who is refused asks once a turn."""
-    found = simulate(lambda n: 0.01, clients=4, http=0, away=0.001, max_batch_size=1, max_queue=1)
-    assert found.throughput == pytest.approx(100, rel=0.01)
+    found = simulate(lambda n: 0.1, clients=4, http=0, away=0.001, max_batch_size=1, max_queue=1)
+    assert found.throughput == pytest.approx(10, rel=0.02)
     assert found.rejected == pytest.approx(2 * 9 / 0.001, rel=0.1)
 
 

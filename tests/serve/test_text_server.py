@@ -245,7 +245,7 @@ def test_one_text_that_is_too_long_hurts_nobody_else():
         until(lambda: len(engine.shapes) > calls)
         for thread in threads[1:]:
             thread.start()
-        until(lambda: len(app.state.service.batcher.queue) == 7)
+        until(lambda: len(app.service.batcher.queue) == 7)
         engine.gate.set()
         for thread in threads:
             thread.join(60)
