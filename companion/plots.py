@@ -11,7 +11,9 @@ from cycler import cycler
 from matplotlib import rc_context
 from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import LogFormatter, MaxNLocator
+from matplotlib.transforms import Bbox
 
 from companion.errors import CompanionError
 
@@ -144,19 +146,6 @@ def plot_trade_off(
         axis.plot(*np.reshape(edge, (-1, 2)).T, "o--", drawstyle=step, label="Pareto front")
         rest = [place for place, on_front in zip(places, best, strict=True) if not on_front]
         axis.plot(*np.reshape(rest, (-1, 2)).T, "o", color=COLOURS[0], markerfacecolor="white", label="dominated")
-        if label is not None:
-            for i, (point, place, on_front) in enumerate(zip(points, places, best, strict=True)):
-                # Towards the better corner, where the edge does not run; of dominated points the other way.
-                right, above = (x in up) == on_front, (y in up) == on_front
-                axis.annotate(
-                    str(look_up(point, label, i)),
-                    place,
-                    xytext=(4 if right else -4, 3 if above else -3),
-                    textcoords="offset points",
-                    ha="left" if right else "right",
-                    va="bottom" if above else "top",
-                    fontsize=9,
-                )
         for name, side, which in ((x, axis.xaxis, "x"), (y, axis.yaxis, "y")):
             text = f"{name} in {units[name]}" if units and name in units else name
             # Beside the vertical axis the text is turned, and its arrow with it.
@@ -164,9 +153,42 @@ def plot_trade_off(
             if name in logarithmic:
                 axis.set(**{f"{which}scale": "log"})
                 side.set_major_formatter("{x:g}")
+                shown = [place[which == "y"] for place in places]
+                if shown and max(shown) < 10 * min(shown):  # within a decade the numbers between are labelled, too
+                    side.set_minor_formatter("{x:g}")
         axis.margins(0.15)
         figure.legend(loc="outside upper right", ncols=2, frameon=False)
+        if label is not None:
+            # Towards the better corner, where the edge does not run; of dominated points the other way.
+            corners = [((x in up) == on_front, (y in up) == on_front) for on_front in best]
+            _label(figure, [str(look_up(point, label, i)) for i, point in enumerate(points)], places, corners)
     return figure
+
+
+def _label(
+    figure: Figure, texts: list[str], places: list[tuple[float, float]], corners: list[tuple[bool, bool]]
+) -> None:
+    """Write each text beside its place: at its corner (whether right, whether above), or where else it is not over
+    another, with a line to its place."""
+    (axis,) = figure.axes
+    figure.draw_without_rendering()  # after which it is known what lies where
+    dots = axis.transData.transform(np.reshape(places, (-1, 2)))
+    taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in dots]
+    room = Bbox.from_extents(figure.bbox.x0, axis.bbox.y0, figure.bbox.x1, axis.bbox.y1 + 10)
+    line = {"arrowstyle": "-", "linewidth": 0.5, "color": "gray", "shrinkA": 0, "shrinkB": 4}
+    for text, place, (x, y), (right, above) in zip(texts, places, dots, corners, strict=True):
+        note = axis.annotate(text, place, (0, 0), textcoords="offset points", fontsize=9, arrowprops=line)
+        note.set_in_layout(False)  # or the axes would make room for it, and everything move
+        size = Text.get_window_extent(note)
+        for lines, to_right, upwards in itertools.product(range(12), (right, not right), (above, not above)):
+            aside, up = 4 if to_right else -4, (3 + 8 * lines) * (1 if upwards else -1)
+            left = x + aside * figure.dpi / 72 - (0 if to_right else size.width)
+            bottom = y + up * figure.dpi / 72 - (0 if upwards else size.height)
+            box = Bbox.from_bounds(left, bottom, size.width, size.height)
+            if room.count_contains(box.get_points()) == 2 and not any(map(box.overlaps, taken)):
+                break
+        note.set(position=(aside, up), ha="left" if to_right else "right", va="bottom" if upwards else "top")
+        taken.append(box)
 
 
 def plot_roofline(found: Any, *, others: Iterable[Any] = ()) -> Picture:

@@ -96,6 +96,7 @@ def test_simple_cnn_equals_the_printed_one_layer_by_layer():
     """The listing of 2.3.2, written with torch's functions; its images are not normalised."""
     model = models.create("simple_cnn", mean=(0, 0, 0), std=(1, 1, 1)).eval()
     w = model.state_dict()
+    assert {tensor.dtype for tensor in w.values()} == {torch.float32}  # of whole numbers, too
     x = torch.rand(3, 3, 32, 32)
     f = nn.functional
     y = f.max_pool2d(f.relu(f.conv2d(x, w["conv1.weight"], w["conv1.bias"], padding=1)), 2)

@@ -1,4 +1,5 @@
 import io
+import itertools
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -6,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from matplotlib.text import Text
 from PIL import Image
 
 from companion import CompanionError, plots, train
@@ -102,6 +104,24 @@ def test_labels_stand_on_the_better_side_of_the_front_and_on_the_other_of_the_re
     }
     sides = {name: (text.get_ha(), text.get_va()) for name, text in texts(axis).items()}
     assert sides == dict.fromkeys("abc", ("right", "bottom")) | {"d": ("left", "top")}
+
+
+def test_labels_do_not_stand_over_each_other_nor_over_points():
+    """Twelve points in three heaps, on the right edge too."""
+    points = [
+        {"name": f"network {size} in precision {i}", "ms": size + i / 50, "accuracy": 80 + size}
+        for size in (1, 2, 10)
+        for i in range(4)
+    ]
+    picture = plots.plot_trade_off(points, x="ms", y="accuracy", maximize="accuracy", label="name")
+    picture.draw_without_rendering()
+    (axis,) = picture.axes
+    boxes = [Text.get_window_extent(text) for text in axis.texts]
+    assert len(boxes) == 12
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+    assert all(picture.bbox.count_contains(box.get_points()) == 2 for box in boxes)
+    dots = axis.transData.transform([[point["ms"], point["accuracy"]] for point in points])
+    assert not any(box.contains(*dot) for box in boxes for dot in dots)
 
 
 def test_trade_offs_with_units_and_logarithms():
