@@ -187,6 +187,8 @@ def _label(
             box = Bbox.from_bounds(left, bottom, size.width, size.height)
             if room.count_contains(box.get_points()) == 2 and not any(map(box.overlaps, taken)):
                 break
+        else:  # there is no such place
+            to_right, upwards, aside, up = right, above, 4 if right else -4, 3 if above else -3
         note.set(position=(aside, up), ha="left" if to_right else "right", va="bottom" if upwards else "top")
         taken.append(box)
 

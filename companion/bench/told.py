@@ -100,7 +100,8 @@ def shared(predict: Callable[[list[Any]], Sequence[Any]], images: Sequence[Any],
     taken: dict[bool, list[float]] = {False: [], True: []}
 
     async def measure() -> None:
-        async with Batcher(predict, on_batch=lambda report: seconds.append(report.seconds)) as batcher:
+        # Where the loop rests there is nothing beside the call.
+        async with Batcher(predict, rest=False, on_batch=lambda report: seconds.append(report.seconds)) as batcher:
             for number in range(calls):
                 answers = batcher.enqueue(images)
                 for _ in range(4):  # the batch begins after two turns of the loop

@@ -117,7 +117,8 @@ def _too_large(settings: Settings) -> Refused:
 
 
 def client_of(scope: Scope) -> Client | None:
-    """Who asked, where the server's connections are ours: other servers do not say when a client hangs up."""
+    """Who asked, where connections are those of `companion.serve.process.Server`. Under another server nobody says
+    when a client hangs up, and its items are answered all the same."""
     return scope.get("extensions", {}).get(CLIENT, {}).get("connection")
 
 

@@ -97,7 +97,7 @@ class BatchQueue:
     """Who waits, who runs, and when the next batch begins. Times are seconds of one clock, given with each call.
 
     The worker is free or runs one batch. A batch is formed when the worker is free, never earlier, so that whoever
-    comes while it works still joins. What is read in the same turn of the event loop comes along: `look` takes
+    comes while it works joins the next one. What is read in the same turn of the event loop comes along: `look` takes
     a batch only when the turn before brought nobody new. The policies:
 
     - ``idle``: take what is queued.
@@ -143,6 +143,7 @@ class BatchQueue:
         self.freed = -math.inf
         """When the worker became free."""
         self._wait_until = POLICIES[policy]
+        self._policy = policy
         self._bucket = bucket
         self._waiting: dict[Entry, None] = {}  # in the order of arrival; a dict, to leave from the middle
         self._requests = 0
@@ -221,9 +222,10 @@ class BatchQueue:
         """Whether the batch that runs is expected to be over so soon that the event loop had better rest meanwhile.
 
         Both would run on cores of their own, but there is one interpreter: they hand it to and fro, and each time its
-        data go from one core to the other. That costs a small network more than the work side by side brings.
+        data go from one core to the other. That costs a small network more than the work side by side brings. Only
+        under ``idle``: the other policies have to see who comes while a call runs.
         """
-        return self.cost.seconds(len(self._running)) <= REST
+        return self._policy == "idle" and self.cost.seconds(len(self._running)) <= REST
 
     def finish(self, now: float, seconds: float | None) -> None:
         """The batch that `look` gave has been run.
@@ -289,6 +291,9 @@ class Batcher:
 
     An item that makes ``predict`` raise fails alone: the batch is halved and tried again until the culprit is found,
     which costs about 2·log2(n) more calls. At the end of the ``async with`` block, what was accepted is answered.
+
+    Under the policy ``idle`` the event loop rests while a call runs that is expected to take 20 ms or less, so whatever
+    else it has to do comes up to 20 ms late, deadlines too.
     """
 
     def __init__(
@@ -302,6 +307,7 @@ class Batcher:
         bucket: Callable[[Any], Hashable] | None = None,
         on_batch: Callable[[BatchReport], None] | None = None,
         on_queue: Callable[[int], None] | None = None,
+        rest: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """
@@ -311,6 +317,8 @@ class Batcher:
             max_wait_ms: milliseconds that the policies ``fixed`` and ``hold`` wait at most.
             on_batch: called after each batch, in the event loop.
             on_queue: called with how many wait, whenever that has changed, in the event loop.
+            rest: whether the loop may rest while a short call runs; not where it has more to do, such as a second
+                batcher.
             clock: seconds. (Event loops have clocks of their own, uvloop's of whole milliseconds.)
 
         Raises:
@@ -328,6 +336,7 @@ class Batcher:
             bucket=bucket,
         )
         self._on_batch, self._on_queue, self._clock = on_batch, on_queue, clock
+        self.rest, self._resting = rest, False
         self._open = False
         self._soon = False
         """Whether there will be a look in the next turn of the loop."""
@@ -339,7 +348,6 @@ class Batcher:
         self._idle.set()
         self._jobs: SimpleQueue[tuple[list[Entry], float] | asyncio.Future[None] | None] = SimpleQueue()
         self._ended: SimpleQueue[tuple[list[Entry], float, float, list[Any]]] = SimpleQueue()
-        self._resting = False
         Thread(target=self._work, name="batcher", daemon=True).start()
         self._open = True
         return self
@@ -444,7 +452,7 @@ class Batcher:
         found = self.queue.look(now)
         if isinstance(found, list):
             self._note_queue()
-            self._resting = self.queue.short()
+            self._resting = self.rest and self.queue.short()
             self._jobs.put((found, now))
             if self._resting:
                 self._rest()
@@ -455,9 +463,11 @@ class Batcher:
 
     def _rest(self) -> None:
         """Keep the loop from running until the call has ended, or does not end."""
-        self._hear(REST)
-        self._resting = False
-        self._hear()  # what ended just now, when the thread thought that somebody waits for it
+        try:
+            self._hear(REST)
+        finally:  # after Ctrl-C, too
+            self._resting = False
+            self._hear()  # what ended just now, when the thread thought that somebody waits for it
 
     def _hear(self, seconds: float = 0.0) -> None:
         """Finish the batch whose call has ended, or ends within these seconds."""

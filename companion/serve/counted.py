@@ -48,10 +48,12 @@ class Counted:
             "cut_connections", "Connections that the server closed, by cause.", ["cause"], **every
         )
         self.batch = prometheus.Histogram("batch_size", "Items in a call of the model.", model, buckets=SIZES, **every)
-        self.waited = prometheus.Histogram("queue_seconds", "Waiting of an item.", model, buckets=SECONDS, **every)
+        self.waited = prometheus.Histogram(
+            "queue_seconds", "Waiting of an item, since it was read.", model, buckets=SECONDS, **every
+        )
         self.model = prometheus.Histogram("model_seconds", "A call of the model.", model, buckets=SECONDS, **every)
         self.latency = prometheus.Histogram(
-            "answer_seconds", "From an item's arrival in the queue to its answer.", model, buckets=SECONDS, **every
+            "answer_seconds", "From the queueing of an item to its answer.", model, buckets=SECONDS, **every
         )
         self.failed = prometheus.Counter("failed_items", "Items that had no answer.", model, **every)
         self.reloads = prometheus.Counter("reloads", "Reloads of a model's file.", ["model", "outcome"], **every)

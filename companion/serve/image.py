@@ -100,7 +100,7 @@ def _model(engine: Engine, settings: Settings) -> Model:
 def image_app(
     model: Source | Mapping[str, Source], *, engine: str | None = None, settings: Settings | None = None
 ) -> Application:
-    """A server for networks that classify images.
+    """A server for networks that classify images: an ASGI application, whose other routes are its ``framework``'s.
 
     Args:
         model: a ``.safetensors`` or ``.onnx`` file, or an engine that is open already; or several by name, of which

@@ -8,6 +8,7 @@ import asyncio
 import json
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from email.utils import formatdate
 from typing import Any
@@ -105,23 +106,27 @@ class Writer:
     """Sends the head of an answer together with the first part of its body: one system call where uvicorn makes two."""
 
     def __init__(self, transport: asyncio.Transport) -> None:
-        self._transport, self._head = transport, b""
+        self._transport = transport
+        self._head: bytes | None = None
+        self._begun = False
         self.is_closing = transport.is_closing
 
     def write(self, data: bytes) -> None:
-        if not self._head and data.startswith(b"HTTP/1.1 ") and data != CONTINUE:
-            self._head = data
+        if not self._begun and data != CONTINUE:
+            self._begun, self._head = True, data
             return
-        self._transport.write(self._head + data)
-        self._head = b""
+        if self._head is not None:
+            data, self._head = self._head + data, None
+        self._transport.write(data)
 
-    def flush(self) -> None:
-        """Send a head without a body."""
-        if self._head:
+    def end(self) -> None:
+        """Of an answer: send a head without a body; the next write is a head again."""
+        if self._head is not None and not self.is_closing():
             self.write(b"")
+        self._begun, self._head = False, None
 
     def close(self) -> None:
-        self.flush()
+        self.end()
         self._transport.close()
 
 
@@ -142,7 +147,7 @@ class Connection(HttpToolsProtocol):
         self._loose = 0  # bytes read since a head or a part of a body was complete
         self._active: RequestResponseCycle | None = None  # answered now, or last; uvicorn's own is the newest
         self._deaf: asyncio.TimerHandle | None = None
-        self._extensions: dict[str, dict[object, object]] = {CLIENT: {"connection": self}}
+        self._extensions: dict[str, dict[object, object]] = {CLIENT: {"connection": weakref.proxy(self)}}
         self.on_gone: Callable[[], None] | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -218,7 +223,7 @@ class Connection(HttpToolsProtocol):
         return self._active is None or self._active.disconnected
 
     def on_response_complete(self) -> None:
-        self._writer.flush()
+        self._writer.end()
         self._let_go()
         state = self.server_state
         state.total_requests += 1
@@ -290,7 +295,7 @@ class Connection(HttpToolsProtocol):
             return
         state.cut(cause)
         active = self._active
-        if active is None or active.response_complete or (active is self.cycle and not active.response_started):
+        if active is None or active.response_complete or (active.more_body and not active.response_started):
             body = json.dumps({"detail": SAID[status]}).encode()
             again = b"retry-after: 1\r\n" if status == 503 else b""
             self.transport.write(

@@ -66,7 +66,7 @@ class Client(Protocol):
     """Who asked, as the server's connections know it."""
 
     on_gone: Callable[[], None] | None
-    """Called when the client hangs up, whose request's it is."""
+    """Called when the client hangs up; set and taken back by whoever works on its request."""
 
     @property
     def whole(self) -> bool:
@@ -91,6 +91,7 @@ class Service:
         *,
         name: str = "model",
         counted: Counted | None = None,
+        alone: bool = True,
         load: Callable[[], Model] | None = None,
         path: Path | None = None,
         loaded: tuple[int, ...] | None = None,
@@ -101,6 +102,7 @@ class Service:
             settings: limits and policies.
             name: of the model, in paths and metrics.
             counted: the metrics of the process, if it has several models.
+            alone: whether it is the only model of its event loop.
             load: makes the model anew, when it is to be reloaded. It has run the new model once when it returns.
             path: the file that ``load`` reads.
             loaded: the `signature` that the file had when ``model`` was loaded from it.
@@ -116,6 +118,7 @@ class Service:
             policy=settings.policy,
             on_batch=self.counts.batch,
             on_queue=self.counts.depth.set,
+            rest=alone,
         )
         self.ready = False
         self._load, self._path, self._loaded = load, path, loaded
@@ -126,16 +129,14 @@ class Service:
         self._bearer = None if settings.token is None else b"Bearer " + settings.token.get_secret_value().encode()
 
     @classmethod
-    def of_file(
-        cls, path: Path, load: Callable[[], Model], settings: Settings, *, name: str, counted: Counted | None = None
-    ) -> "Service":
-        """A service for a model in a file, which can be reloaded.
+    def of_file(cls, path: Path, load: Callable[[], Model], settings: Settings, **options: Any) -> "Service":
+        """A service for a model in a file, which can be reloaded; ``options`` are those of the class.
 
         Raises:
             CompanionError: as ``load``.
         """
         loaded = signature(path)
-        return cls(load_whole(path, load), settings, name=name, counted=counted, load=load, path=path, loaded=loaded)
+        return cls(load_whole(path, load), settings, load=load, path=path, loaded=loaded, **options)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -326,7 +327,8 @@ def services_of(
     Raises:
         CompanionError: a file cannot be loaded, or as ``model_of``.
     """
-    counted = Counted()
+    named = sources if isinstance(sources, Mapping) else {"model": sources}
+    shared: dict[str, Any] = {"counted": Counted(), "alone": len(named) == 1}
 
     def load(path: Path) -> Model:
         opened = engines.load(path, engine or engines.suited(path), threads=settings.threads)
@@ -338,9 +340,8 @@ def services_of(
 
     def service(name: str, source: Source) -> Service:
         if isinstance(source, Engine):
-            return Service(model_of(source), settings, name=name, counted=counted)
+            return Service(model_of(source), settings, name=name, **shared)
         path = Path(source)
-        return Service.of_file(path, partial(load, path), settings, name=name, counted=counted)
+        return Service.of_file(path, partial(load, path), settings, name=name, **shared)
 
-    named = sources if isinstance(sources, Mapping) else {"model": sources}
     return [service(name, source) for name, source in named.items()]

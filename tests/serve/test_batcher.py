@@ -1,6 +1,8 @@
 """The state machine in an event loop, with a real thread that runs the model."""
 
 import asyncio
+import signal
+import sys
 import threading
 import time
 from contextlib import suppress
@@ -452,8 +454,17 @@ class Counting:
             self.turns += 1
 
 
-@pytest.mark.parametrize(("seconds", "rests"), [(0.002, True), (0.05, False)])
-def test_the_loop_rests_while_a_short_call_runs(seconds, rests):
+@pytest.mark.parametrize(
+    ("seconds", "options", "rests"),
+    [
+        (0.002, {}, True),
+        (0.05, {}, False),
+        (0.002, {"rest": False}, False),
+        (0.002, {"policy": "hold"}, False),
+        (0.002, {"policy": "fixed"}, False),
+    ],
+)
+def test_the_loop_rests_while_a_short_call_runs(seconds, options, rests):
     async def scenario(batcher, model):
         turning = asyncio.create_task(model.turn())
         for item in range(5):
@@ -462,7 +473,7 @@ def test_the_loop_rests_while_a_short_call_runs(seconds, rests):
         # The first call may be anything, and a thread may sleep longer than it was told to.
         return sorted(model.during[1:])[1]
 
-    turns = run(scenario, Counting(seconds))
+    turns = run(scenario, Counting(seconds), **options)
     assert (turns == 0) == rests
 
 
@@ -476,3 +487,26 @@ def test_the_loop_does_not_rest_for_a_call_that_does_not_end():
         return await answer, await batcher.submit(3)
 
     assert run(scenario) == (4, 6)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no pthread_kill")
+def test_ctrl_c_while_the_loop_rests_loses_no_batch():
+    def predict(items):
+        if items == ["again"]:
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)  # who is in the middle of the wait
+            time.sleep(0.01)
+        return items
+
+    with asyncio.Runner(loop_factory=asyncio.new_event_loop) as runner:  # whose first Ctrl-C would cancel
+        running = runner.get_loop()
+        batcher = running.run_until_complete(Batcher(predict).__aenter__())
+        assert running.run_until_complete(batcher.submit("once")) == "once"
+        (answer,) = running.run_until_complete(queued(batcher, "again"))
+        with pytest.raises(KeyboardInterrupt):
+            running.run_until_complete(answer)
+        running.run_until_complete(asyncio.wait_for(batcher.close(), 30))
+        assert answer.result() == "again"
+
+
+async def queued(batcher, item):
+    return batcher.enqueue([item])

@@ -43,10 +43,12 @@ def test_head_and_body_leave_together():
     for _ in range(2):
         writer.write(head)
         writer.write(b"four")
-        writer.flush()
+        writer.end()
     assert wire.writes == [head + b"four"] * 2
-    writer.write(b"more of it")
-    assert wire.writes[2:] == [b"more of it"]
+    writer.write(head)
+    writer.write(b"HTTP/1.1 ")
+    writer.write(b"HTTP/1.1 is what this body is about")
+    assert wire.writes[2:] == [head + b"HTTP/1.1 ", b"HTTP/1.1 is what this body is about"]
 
 
 def test_a_head_without_a_body_and_one_that_asks_for_more_do_not_wait():
@@ -55,11 +57,14 @@ def test_a_head_without_a_body_and_one_that_asks_for_more_do_not_wait():
     writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
     assert wire.writes == [b"HTTP/1.1 100 Continue\r\n\r\n"]
     writer.write(b"HTTP/1.1 204 No Content\r\n\r\n")
-    writer.flush()
+    writer.end()
     writer.write(b"HTTP/1.1 304 Not Modified\r\n\r\n")
     writer.close()
     assert wire.writes[1:] == [b"HTTP/1.1 204 No Content\r\n\r\n", b"HTTP/1.1 304 Not Modified\r\n\r\n", None]
     assert writer.is_closing()
+    writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
+    writer.close()
+    assert wire.writes[3:] == [None, None]  # nobody is there to be sent a head
 
 
 def connect(url):
@@ -359,6 +364,18 @@ def test_a_refusal_is_not_taken_for_the_answer_of_another_request():
         assert cut(url) == {"bad_http": 1}
         engine.gate.set()
         assert post(url, red(5)).json()["predictions"] == [5]
+
+
+def test_what_is_wrong_with_the_next_request_is_not_said_as_the_answer_to_this():
+    engine = Slow()
+    with serving(image_app(engine, settings=Settings())) as url:
+        engine.gate.clear()
+        with connect(url) as connection:
+            connection.sendall(predict(red(4)))
+            until(lambda: len(engine.sizes) == 3, 60)  # two calls were to warm up
+            connection.sendall(b"no request at all\r\n\r\n")
+            assert rest(connection) == b""
+        engine.gate.set()
 
 
 def test_the_answer_at_the_end_says_that_the_connection_ends():

@@ -18,6 +18,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 from server_cases import Slow, post, red, serving, until
 
 
+def test_the_loop_rests_for_nobody_if_others_wait_for_it():
+    assert image_app(Slow(), settings=Settings()).service.batcher.rest
+    both = image_app({"a": Slow(), "b": Slow()}, settings=Settings()).services
+    assert [service.batcher.rest for service in both.values()] == [False, False]
+
+
 def test_each_answers_at_its_own_path_and_the_first_at_predict_too():
     first, second = Slow(), Slow(classes=300)
     with serving(image_app({"a": first, "b": second}, settings=Settings())) as url:

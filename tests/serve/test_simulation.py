@@ -92,7 +92,7 @@ def test_the_loop_rests_while_a_short_call_runs(shared):
 def test_the_loop_does_not_rest_for_good():
     """A call of 10 comes to take 100 at once: the loop goes on after 20 of them, and when it knows, at once."""
     calls = iter([0.01, 0.01, *[0.1] * 10_000])
-    found = simulate(lambda n: next(calls), clients=2, http=0.04, away=0, shared=0, max_batch_size=1, seconds=100)
+    found = simulate(lambda n: next(calls), clients=2, http=0.09, away=0, shared=0, max_batch_size=1, seconds=100)
     assert found.throughput == pytest.approx(1 / 0.1, rel=0.01)
 
 
