@@ -452,18 +452,20 @@ class Batcher:
         found = self.queue.look(now)
         if isinstance(found, list):
             self._note_queue()
-            self._resting = self.rest and self.queue.short()
-            self._jobs.put((found, now))
-            if self._resting:
-                self._rest()
+            if self.rest and self.queue.short():
+                self._run_and_rest((found, now))
+            else:
+                self._jobs.put((found, now))
         elif found == now:
             self._wake()
         elif found is not None:
             self._later = self._loop.call_later(max(found - now, TICK), self._wake)
 
-    def _rest(self) -> None:
+    def _run_and_rest(self, job: tuple[list[Entry], float]) -> None:
         """Keep the loop from running until the call has ended, or does not end."""
         try:
+            self._resting = True
+            self._jobs.put(job)
             self._hear(REST)
         finally:  # after Ctrl-C, too
             self._resting = False

@@ -493,6 +493,7 @@ def test_the_loop_does_not_rest_for_a_call_that_does_not_end():
 def test_ctrl_c_while_the_loop_rests_loses_no_batch():
     def predict(items):
         if items == ["again"]:
+            time.sleep(0.005)
             signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)  # who is in the middle of the wait
             time.sleep(0.01)
         return items
