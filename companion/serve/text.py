@@ -132,7 +132,7 @@ def _model(engine: Engine, settings: Settings) -> Model:
 def text_app(
     model: Source | Mapping[str, Source], *, engine: str | None = None, settings: Settings | None = None
 ) -> Application:
-    """A server for networks that classify texts.
+    """A server for networks that classify texts: an ASGI application, whose other routes are its ``framework``'s.
 
     Args:
         model: a ``.safetensors`` or ``.onnx`` file with its vocabulary, or an engine that is open already; or several
