@@ -108,12 +108,13 @@ def _zeros(model: nn.Module, seed: int, epochs: int = EPOCHS) -> nn.Module:
 
 
 def _torch_pruning(importance: str, model: nn.Module, seed: int) -> nn.Module:
-    """As much removed by Torch-Pruning: of each layer the same share of its channels."""
+    """Of each layer the same share of its channels removed by Torch-Pruning, as near to the MACs as there is one."""
     import torch_pruning  # type: ignore[import-untyped]
 
     example = engines.example_for(model)
     wanted = MACS * metrics.count_macs(model, example)
-    samples = [_data("train")[i] for i in range(min(512, len(_data("train"))))]
+    chosen = torch.randperm(len(_data("train")), generator=torch.Generator().manual_seed(seed))[:512]  # of all classes
+    samples = [_data("train")[i] for i in chosen.tolist()]
     images, labels = torch.stack([image for image, _ in samples]), torch.tensor([label for _, label in samples])
 
     def pruned(share: float) -> nn.Module:
@@ -130,14 +131,17 @@ def _torch_pruning(importance: str, model: nn.Module, seed: int) -> nn.Module:
         smaller.zero_grad(set_to_none=True)
         return smaller
 
+    def away(share: float) -> float:
+        return metrics.count_macs(pruned(share), example) - wanted
+
     too_little, enough = 0.0, 0.9
     for _ in range(8):
         share = (too_little + enough) / 2
-        if metrics.count_macs(pruned(share), example) <= wanted:
+        if away(share) <= 0:
             enough = share
         else:
             too_little = share
-    return _tuned(pruned(enough), seed)
+    return _tuned(pruned(min(too_little, enough, key=lambda share: abs(away(share)))), seed)
 
 
 def _rounded(weight_bits: int, activation_bits: int, model: nn.Module, seed: int, then: str = "nothing") -> nn.Module:
@@ -188,13 +192,14 @@ def _result(method: str, seed: int, folder: str) -> float:
         path = Path(folder) / f"{seed}.safetensors"
         models.save(model, path)
     if chosen.int8:
-        with engines.load(_quantized(model, folder), "onnxruntime", threads=1) as engine:
+        with engines.load(_quantized(model, folder, seed), "onnxruntime", threads=1) as engine:
             return train.evaluate(engines.as_module(engine), _data("test"), progress=False).main
     return train.evaluate(model, _data("test"), progress=False).main
 
 
-def _quantized(model: nn.Module, folder: str) -> Path:
-    plain, out = Path(folder) / "plain.onnx", Path(folder) / "int8.onnx"
+def _quantized(model: nn.Module, folder: str, seed: int) -> Path:
+    """Its int8 file, beside those of the other seeds, which are written at the same time."""
+    plain, out = Path(folder) / f"{seed}.onnx", Path(folder) / f"{seed}.int8.onnx"
     engines.export_onnx(model, engines.example_for(model), plain)
     compress.quantize_onnx(plain, out, compress.calibration_batches(_data("train")))
     return out
@@ -246,7 +251,7 @@ def _accuracy_and_cost(method: str) -> list[Row]:
         scores = _by_seed(partial(_result, method, folder=folder))
         values = _percent(scores)
         if METHODS[method].plain and method != "none":
-            path = Path(folder) / "int8.onnx"
+            path = Path(folder) / f"{SEEDS[0]}.int8.onnx"
             before = models.pretrained(base_weights(SEEDS[0]))
             after = models.load(Path(folder) / f"{SEEDS[0]}.safetensors")
             values |= _cost(after, before, path if METHODS[method].int8 else None)
@@ -262,7 +267,7 @@ def _wide_cost(method: str) -> list[Row]:
     chosen = METHODS[method]
     after = chosen.make(before, 0, **({"epochs": 0} if chosen.trains else {}))
     with tempfile.TemporaryDirectory() as folder:
-        values = _cost(after, before, _quantized(after, folder) if chosen.int8 else None)
+        values = _cost(after, before, _quantized(after, folder, 0) if chosen.int8 else None)
     return [Row({"network": "cifar_resnet18", "method": method}, values)]
 
 

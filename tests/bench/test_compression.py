@@ -3,8 +3,9 @@
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.nn.functional import cross_entropy
 
-from companion import CompanionError, datasets, models
+from companion import CompanionError, datasets, metrics, models
 from companion.bench import compression
 from companion.datasets.arrays import ArrayImages
 
@@ -30,7 +31,7 @@ def test_every_method_ends_in_an_accuracy_and_a_file(method, small, tmp_path):
     files = {path.name for path in tmp_path.iterdir()}
     chosen = compression.METHODS[method]
     assert files == ({"0.safetensors"} if chosen.plain else set()) | (
-        {"plain.onnx", "int8.onnx"} if chosen.int8 else set()
+        {"0.onnx", "0.int8.onnx"} if chosen.int8 else set()
     )
     assert all(torch.equal(value, before[key]) for key, value in small.state_dict().items()), "the base was changed"
     if "channels" in method or "low rank" in method:
@@ -40,6 +41,39 @@ def test_every_method_ends_in_an_accuracy_and_a_file(method, small, tmp_path):
         weights = [value for key, value in load_file(tmp_path / "0.safetensors").items() if value.dim() > 1]
         zeros = sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
         assert zeros == pytest.approx(0.8, abs=0.01)
+
+
+@pytest.mark.parametrize("method", [name for name, method in compression.METHODS.items() if method.plain])
+def test_seeds_share_a_folder_and_no_file(method, monkeypatch, tmp_path):
+    """Their processes write at the same time."""
+    monkeypatch.setattr(compression, "_tuned", lambda model, seed, epochs=0: model)  # it is about the files
+    found = []
+    for seed in (0, 1):
+        before = set(tmp_path.iterdir())
+        compression._result(method, seed, str(tmp_path))
+        found.append({path: path.stat().st_mtime_ns for path in set(tmp_path.iterdir()) - before})
+    first, second = found
+    assert len(first) == len(second) > 0
+    assert all(path.stat().st_mtime_ns == when for path, when in first.items()), "the second wrote over the first"
+
+
+@pytest.mark.parametrize("how", ["Taylor", "L2"])
+def test_torch_pruning_sees_images_of_all_classes(how, small, monkeypatch, tmp_path):
+    """The files of CIFAR-10 are sorted by class."""
+    digits = datasets.load("digits", split="train")
+    order = digits.targets.argsort()
+    by_class = ArrayImages("sorted", digits.images[order].numpy(), digits.targets[order].numpy(), digits.labels)
+    monkeypatch.setattr(compression, "_data", lambda split: by_class)
+    monkeypatch.setattr(compression, "_tuned", lambda model, seed, epochs=0: model)
+    seen = []
+    monkeypatch.setattr(
+        compression, "cross_entropy", lambda scores, labels: (seen.append(labels), cross_entropy(scores, labels))[1]
+    )
+    pruned = compression.METHODS[f"channels, Torch-Pruning, {how}"].make(small, 0)
+    assert seen
+    assert all(len(labels.unique()) == len(digits.labels) for labels in seen)
+    example = torch.rand(1, 3, 32, 32)
+    assert metrics.count_macs(pruned, example) == pytest.approx(0.5 * metrics.count_macs(small, example), rel=0.1)
 
 
 def test_cost_is_against_the_network_before(small):
