@@ -58,8 +58,8 @@ def prune_channels(
         model: any network that `torch.fx` can trace; it is not changed, and its mode (training or not) carries over.
         example: a tensor, a tuple of the network's arguments, or a dict of them by name. Shapes matter, and for
             ``latency`` the values and the batch too.
-        macs: share of the multiply–adds to leave, above 0 and up to 1. What is left is at most that, and as near as
-            whole channels and ``round_to`` allow.
+        macs: share of the multiply–adds to leave, above 0 and up to 1. What is left is at most that, and no width can
+            grow by a channel (or by ``round_to``) below it; multiples of 8 or 16 can leave narrow networks much less.
         latency: instead of ``macs``, the share of the time to leave: bisection over the share of MACs, each
             try measured against ``model`` by `metrics.compare_latency`, in the example's batch, in one thread.
             Takes some ten seconds, and differs a little from run to run.
@@ -234,13 +234,16 @@ class _Plan:
 
             wanted = chosen(self.largest(chosen, target))
         counts = self.rounded(wanted)
-        # What rounding left of the target: one step more where it rounded down the most, as long as it fits.
-        for width in np.argsort(counts / np.maximum(wanted, 1e-9), kind="stable"):
-            more = counts.copy()
-            more[width] = next((n for n in self.allowed[width] if n > counts[width]), counts[width])
-            if self.macs(more) <= target:
-                counts = more
-        return counts
+        # What rounding left of the target: a step more where it rounded down the most, as long as one fits.
+        while True:
+            for width in np.argsort(counts / np.maximum(wanted, 1e-9), kind="stable"):
+                more = counts.copy()
+                more[width] = next((n for n in self.allowed[width] if n > counts[width]), counts[width])
+                if more[width] > counts[width] and self.macs(more) <= target:
+                    counts = more
+                    break
+            else:
+                return counts
 
     def largest(self, wanted: Any, target: float) -> float:
         """By bisection, the highest knob in 0..1 at which what is wanted, rounded, needs at most so many MACs."""

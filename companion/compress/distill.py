@@ -25,7 +25,7 @@ from companion.train import fit, predict, task_of
 from companion.train.batches import own_randomness, permutation, seed_everything
 from companion.train.device import move, pick_device, placed
 from companion.train.evaluation import check_match
-from companion.train.tasks import Accuracy
+from companion.train.tasks import Accuracy, Task
 
 UNKNOWN = -1  # the label of a sample that has none
 FORMAT = "companion-teacher-1"
@@ -59,6 +59,18 @@ def distillation_loss(
     )
     hard = cross_entropy(student_logits, labels, ignore_index=UNKNOWN, reduction="sum")
     return alpha * temperature**2 * soft + (1 - alpha) * hard / len(labels)
+
+
+def task_to_teach(data: Any) -> Task:
+    """The task of ``data``.
+
+    Raises:
+        CompanionError: it is not classification.
+    """
+    task = task_of(data)
+    if task.meter is not Accuracy:
+        raise CompanionError("distillation is for classification: the samples need one class each.")
+    return task
 
 
 def distill(
@@ -116,11 +128,13 @@ def distill(
     ):
         if not (isinstance(value, int | float) and good(value)):
             raise CompanionError(f"{name} is {value}: give {wanted}.")
+    if features is not None and not (
+        isinstance(features, Sequence) and len(features) == 2 and all(isinstance(name, str) for name in features)
+    ):
+        raise CompanionError(f"features is {features!r}: name one layer of the student and one of the teacher.")
     if features is not None and not isinstance(cache, bool):
         raise CompanionError("with features the teacher runs in each step: give either features or a file as cache.")
-    task = task_of(data)
-    if task.meter is not Accuracy:
-        raise CompanionError("distillation is for classification: the samples need one class each.")
+    task = task_to_teach(data)
     for network in (student, teacher):
         if not isinstance(network, nn.Module):
             raise CompanionError(f"a network (torch.nn.Module) is needed, not {type(network).__name__}.")

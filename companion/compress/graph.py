@@ -29,6 +29,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import tree_leaves
 
 from companion.compress.attention import Attention, replaceable
+from companion.compress.exclude import excluded
 from companion.errors import CompanionError
 from companion.metrics import probe
 
@@ -160,12 +161,7 @@ def channel_graph(model: nn.Module, example: Any, *, exclude: Collection[str] = 
         CompanionError: the network cannot be traced or does not run on the example, or ``exclude`` names nothing.
     """
     probe.check_example(model, example)
-    if not isinstance(exclude, Collection):
-        raise CompanionError(f"exclude is {exclude!r}: give the names of layers, or () to leave none alone.")
-    exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
-    for name in exclude:
-        if not any(_below(layer, name) for layer, _ in model.named_modules()):
-            raise CompanionError(f"the network has no layer {name!r} to exclude: give dotted names of named_modules().")
+    exclude = excluded(exclude, dict(model.named_modules()))
     twin, graph = traced(model)
     graphs = [(twin, graph)]
     if layers_without_trace := _layers(twin) - _called(graph):

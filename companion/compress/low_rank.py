@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from companion.compress.attention import Attention
+from companion.compress.exclude import excluded
 from companion.engines.base import one_sentence
 from companion.errors import CompanionError
 from companion.metrics import Complexity, count_complexity, probe
@@ -140,7 +142,7 @@ def factorize(
         The network with an `nn.Sequential` of standard layers in place of each layer that was split: train, save,
         export or compress it like any other. Layers stay whole where a split would save no multiply–adds, where there
         is next to nothing to save (see `MINOR`), if they are grouped (depthwise) or of any other class, and inside
-        `nn.TransformerEncoderLayer`, which reads their weights itself.
+        `nn.TransformerEncoderLayer` and `Attention`, which read their weights themselves.
         `factorization` tells what became of each.
 
     Raises:
@@ -470,15 +472,12 @@ def _layers(model: nn.Module, whole: Complexity, scheme: str, exclude: Collectio
     Raises:
         CompanionError: a name to exclude is none, or a layer is masked or not finite.
     """
-    exclude = [exclude] if isinstance(exclude, str) else list(exclude)
     names = dict(model.named_modules())
-    for name in exclude:
-        if name not in names:
-            raise CompanionError(f"there is no layer {name!r} to exclude in {type(model).__name__}.")
+    exclude = excluded(exclude, names)
     found = {}
     for name, layer in names.items():
-        if isinstance(names[name.rpartition(".")[0]], nn.TransformerEncoderLayer):
-            continue  # it hands the weights of its layers to one fused operator
+        if isinstance(names[name.rpartition(".")[0]], nn.TransformerEncoderLayer | Attention):
+            continue  # these read their layers' weights, or widths, themselves
         if not isinstance(layer, nn.Conv2d | nn.Linear) or any(f"{name}.".startswith(f"{x}.") for x in exclude):
             continue
         if parametrize.is_parametrized(layer):

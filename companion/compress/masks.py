@@ -7,7 +7,7 @@ import copy
 import itertools
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +16,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from companion import train
+from companion.compress.attention import Attention
+from companion.compress.exclude import excluded
+from companion.compress.qat import FakeQuantizer
+from companion.compress.quantization import check_network
 from companion.engines.base import one_sentence
 from companion.errors import CompanionError
-from companion.metrics.probe import check_shapes
 
 SCOPES = ("global", "layer")
 RAMP = 0.75  # share of the steps in which `prune_gradually` prunes; in the rest the network recovers
@@ -33,6 +36,7 @@ _PRUNABLE = (
     nn.ConvTranspose2d,
     nn.ConvTranspose3d,
     nn.MultiheadAttention,
+    Attention,
 )
 
 
@@ -118,14 +122,19 @@ class _Weight:
     @property
     def parameters(self) -> list[nn.Parameter]:
         """What training changes: of a parametrized weight, what it is computed from."""
-        parts = _parametrizations(self.module)
-        if self.tensor in parts:
-            return list(parts[self.tensor].parameters(recurse=False))
+        lists = _parametrizations(self.module)
+        if self.tensor in lists:
+            return list(lists[self.tensor].parameters(recurse=False))
         return [getattr(self.module, self.tensor)]
 
     @property
+    def parts(self) -> list[nn.Module]:
+        """What is done to it before it is used, one after the other."""
+        return list(_parametrizations(self.module).get(self.tensor, ()))
+
+    @property
     def masks(self) -> list[Mask]:
-        return [part for part in _parametrizations(self.module).get(self.tensor, ()) if isinstance(part, Mask)]
+        return [part for part in self.parts if isinstance(part, Mask)]
 
     @property
     def kept(self) -> Tensor:
@@ -161,6 +170,8 @@ def prune_weights(
     weights = _weights(pruned, exclude)
     for weight in weights:
         _check_finite(weight.name, weight.value)
+        if any(isinstance(part, FakeQuantizer) for part in weight.parts):
+            raise CompanionError(f"{weight.name} has a grid of prepare_qat: make it plain with compress.freeze first.")
         if not weight.masks:
             parametrize.register_parametrization(weight.module, weight.tensor, Mask(weight.kept))
     _tighten(weights, sparsity, scope)
@@ -276,7 +287,7 @@ def sparsity(model: nn.Module) -> Sparsity:
 def sensitivity(
     model: nn.Module,
     data: Any,
-    sparsities: Sequence[float] = (0.5, 0.8, 0.9, 0.95),
+    sparsities: float | Iterable[float] = (0.5, 0.8, 0.9, 0.95),
     *,
     exclude: Collection[str] = (),
     **options: Any,
@@ -298,7 +309,7 @@ def sensitivity(
     Raises:
         CompanionError: as `prune_weights` and `train.evaluate`, or no sparsities.
     """
-    sparsities = tuple(sparsities)
+    sparsities = tuple(sparsities) if isinstance(sparsities, Iterable) else (sparsities,)
     if not sparsities:
         raise CompanionError("there are no sparsities to try: give one or more from 0 to below 1.")
     for share in sparsities:
@@ -402,12 +413,9 @@ def _weights(model: nn.Module, exclude: Collection[str] = ()) -> list[_Weight]:
     Raises:
         CompanionError: there are none, a name to exclude is none, or two layers share a weight.
     """
-    _check_network(model)
-    exclude = [exclude] if isinstance(exclude, str) else list(exclude)
+    check_network(model)
     names = dict(model.named_modules())
-    for name in exclude:
-        if name not in names:
-            raise CompanionError(f"there is no layer {name!r} to exclude: the network has {_some(names)}.")
+    exclude = excluded(exclude, names)
     weights = [w for w in _prunable(model) if not any(f"{w.name}.".startswith(f"{name}.") for name in exclude)]
     if not weights:
         raise CompanionError("there is nothing to prune: the network has no linear, convolution or attention weights.")
@@ -418,19 +426,8 @@ def _weights(model: nn.Module, exclude: Collection[str] = ()) -> list[_Weight]:
     return weights
 
 
-def _some(names: Collection[str]) -> str:
-    leaves = [name for name in names if name]
-    return ", ".join(leaves[:5]) + (" and others" if len(leaves) > 5 else "") if leaves else "no named layers"
-
-
-def _check_network(model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise CompanionError(f"a network (torch.nn.Module) is needed, not {type(model).__name__}.")
-    check_shapes(model)
-
-
 def _copy(model: nn.Module) -> nn.Module:
-    _check_network(model)
+    check_network(model)
     with one_sentence(f"{type(model).__name__} cannot be copied"):
         return copy.deepcopy(model)
 

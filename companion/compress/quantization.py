@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from companion.compress.exclude import excluded
 from companion.engines.base import one_sentence
 from companion.errors import CompanionError
 from companion.metrics.probe import check_shapes
@@ -396,12 +397,7 @@ def quantizable(model: nn.Module, exclude: Collection[str] = ()) -> Iterator[tup
         CompanionError: none is left, or an excluded name is no such layer.
     """
     layers = {name: module for name, module in model.named_modules() if type(module) in CHANNEL_AXIS}
-    exclude = [exclude] if isinstance(exclude, str) else list(exclude)
-    for name in exclude:
-        if name not in layers:
-            raise CompanionError(
-                f"there is no layer {name!r} to exclude: choose among {', '.join(layers) or 'nothing'}."
-            )
+    exclude = excluded(exclude, layers)
     if len(layers) == len(set(exclude)):
         raise CompanionError("there is no convolution or linear layer to quantize.")
     yield from ((name, layer) for name, layer in layers.items() if name not in exclude)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from companion import datasets, engines, models, train
+from companion import compress, datasets, engines, models, train
 from companion.compress import pipeline
 
 
@@ -50,8 +50,26 @@ def test_a_target_chooses_the_steps(weights, tmp_path, call, monkeypatch):
     code, out, err = call("compress", weights, "--target", "macs=0.6,points=100", "--out", tmp_path / "small", *OPTIONS)
     assert code == 0, err
     assert "tried, judged on a tenth of the training data" in out
-    assert out.splitlines()[-2].startswith(("prune=0.5", "quantize=int8"))
+    assert out.splitlines()[-3].startswith(("prune=0.5", "quantize=int8"))
+    assert out.splitlines()[-2] == "macs=0.6,points=100 is met on the test data"
     assert (tmp_path / "small.onnx").exists()
+
+
+@pytest.mark.parametrize("json_too", [False, True])
+def test_a_target_that_the_test_data_do_not_confirm(weights, tmp_path, call, monkeypatch, json_too):
+    start = pipeline.Stage("start", 0.9, None, 1000, 4000, None)
+    chosen = pipeline.Search(pipeline.parse_steps("prune=0.5"), (("", start),), "accuracy")
+    monkeypatch.setattr(compress, "search", lambda *arguments, **options: chosen)
+    options = (*OPTIONS, "--json") if json_too else OPTIONS
+    code, out, err = call("compress", weights, "--target", "macs=0.1,points=100", "--out", tmp_path / "a", *options)
+    assert code == 0, err
+    if json_too:
+        found = json.loads(out)
+        assert found["missed"].keys() == {"macs"}
+        assert 0.4 < found["missed"]["macs"] <= 0.5
+        assert [stage["step"] for stage in found["search"]["tried"]] == ["start"]
+    else:
+        assert out.splitlines()[-2].startswith("macs=0.1,points=100 is missed on the test data: macs=0.4")
 
 
 def test_a_target_that_nothing_meets(weights, tmp_path, call, monkeypatch):

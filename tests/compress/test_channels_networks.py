@@ -151,4 +151,4 @@ def test_torchvision_in_full_size_also_exports(check, name, tmp_path):
     for share in (0.7, 0.4):
         pruned = check(network, x, share, drawn(name, share, network, x, seed=1))
         check_training_step(pruned, x)
-    assert engines.export_onnx(pruned, x, tmp_path / "pruned.onnx").largest_difference < 1e-4
+        assert engines.export_onnx(pruned, x, tmp_path / f"{share}.onnx").largest_difference < 1e-4

@@ -552,6 +552,10 @@ def test_few_labels_carries_what_the_data_set_says_of_itself():
         ({"data": TensorDataset(torch.rand(4, 3), torch.tensor([0, 1, -2, 2]))}, "sample 2 has the label -2"),
         ({"features": ("0", "layer9")}, "the teacher has no layer 'layer9': name one of 0, 1, 2"),
         ({"features": ("layer9", "0")}, "the student has no layer 'layer9'"),
+        *(
+            ({"features": features}, "name one layer of the student and one of the teacher")
+            for features in (("0",), ("0", "0", "0"), "0", 5, (0, 1))
+        ),
         ({"features": ("0", "0"), "cache": "answers.safetensors"}, "give either features or a file as cache"),
     ],
 )

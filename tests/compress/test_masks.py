@@ -15,7 +15,7 @@ LAYERS = ("0", "2", "5")
 
 
 def network(seed=0):
-    """Convolutions and a head with a normalisation between: 90 + 162 + 100 weights can be pruned."""
+    """Convolutions and a head with a normalisation between: 90 + 135 + 48 weights can be pruned."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return nn.Sequential(
@@ -130,7 +130,7 @@ def test_pruning_again_never_revives_a_zero(first, second, scope):
     for name, mask in masks(twice).items():
         assert not (mask & ~before[name]).any()
         assert torch.equal(masks(once)[name], before[name])  # the argument is untouched
-    assert compress.sparsity(twice).share >= max(first, second) - 1 / 180
+    assert compress.sparsity(twice).share >= max(first, second) - 3 / 273  # rounded to whole weights, in each layer
 
 
 @pytest.mark.parametrize("share", [0, 0.3, 0.77, 0.999])
@@ -390,6 +390,7 @@ REFUSED = {
         "batch_size is 0",
     ),
     "scan of nothing": (lambda: compress.sensitivity(network(), images(), ()), "no sparsities"),
+    "scan of more than all": (lambda: compress.sensitivity(network(), images(), 1.5), "from 0 to below 1"),
     "scan of all": (lambda: compress.sensitivity(network(), images(), (0.5, 1.0)), "from 0 to below 1"),
     "csr of a convolution": (lambda: compress.to_csr(nn.Conv2d(1, 1, 1)), "linear layer is needed, not Conv2d"),
 }

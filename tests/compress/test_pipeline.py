@@ -159,20 +159,20 @@ START = Stage("start", 0.95, None, 1000, 4000, None)
 
 
 @pytest.mark.parametrize(
-    ("target", "met"),
+    ("target", "missed"),
     [
-        (Target(), True),
-        (Target(points=0.9), False),
-        (Target(latency=0.6), True),
-        (Target(latency=0.59), False),
-        (Target(bytes=0.25), True),
-        (Target(bytes=0.249), False),
-        (Target(macs=0.4), True),
-        (Target(macs=0.3), False),
+        (Target(), {}),
+        (Target(points=0.9), {"points": 1.0}),
+        (Target(latency=0.6), {}),
+        (Target(latency=0.59), {"latency": 0.6}),
+        (Target(bytes=0.25), {}),
+        (Target(bytes=0.249), {"bytes": 0.25}),
+        (Target(macs=0.4), {}),
+        (Target(macs=0.3, latency=0.2), {"latency": 0.6, "macs": 0.4}),
     ],
 )
-def test_whether_a_target_is_met(target, met):
-    assert target.met(Stage("x", 0.94, None, 400, 1000, Ratio(0.6, 0.5, 0.7)), START) is met
+def test_what_a_target_misses(target, missed):
+    assert target.missed(Stage("x", 0.94, None, 400, 1000, Ratio(0.6, 0.5, 0.7)), START) == missed
 
 
 def test_a_search_keeps_the_most_accurate_that_meets_the_target(network, digits, monkeypatch):
@@ -207,7 +207,8 @@ def test_calibration_batches_are_drawn_without_repetition(digits):
         ([Step("prune", 2.0)], "prune takes a share between 0 and 1"),
         ([Step("quantize", "int4")], "quantize takes int8, not 'int4'"),
         ([], "there is no step"),
-        (None, "there is no step"),
+        (None, "None is no step"),
+        (5, "5 is no step"),
     ],
 )
 def test_steps_that_were_not_read_are_checked_too(network, digits, steps, says):
@@ -229,6 +230,28 @@ def test_a_teacher_is_looked_at_before_anything_is_trained(network, digits, tmp_
                 **QUICK,
             )
     assert not stages
+
+
+def test_a_task_that_cannot_be_taught_is_refused_before_anything_is_trained(tmp_path):
+    scenes = datasets.load("digit_scenes", split="test", task="segment")
+    unet = models.create("unet", labels=scenes.labels, seed=0)
+    models.save(unet, tmp_path / "teacher.safetensors")
+    stages = []
+    with pytest.raises(CompanionError, match="distillation is for classification"):
+        compress.apply_steps(
+            unet,
+            f"sparsify=0.5,distill={tmp_path}/teacher.safetensors",
+            scenes,
+            scenes,
+            on_stage=stages.append,
+            **QUICK,
+        )
+    assert not stages
+
+
+def test_a_file_is_no_network(digits):
+    with pytest.raises(CompanionError, match=r"a network .* is needed, not str"):
+        compress.apply_steps("net.safetensors", "prune=0.5", digits["train"], digits["test"], **QUICK)
 
 
 def test_a_search_goes_on_without_the_steps_that_cannot_be_done(network, digits, monkeypatch):
