@@ -156,7 +156,7 @@ def plot_trade_off(
                 shown = [place[which == "y"] for place in places]
                 if shown and max(shown) < 10 * min(shown):  # within a decade the numbers between are labelled, too
                     side.set_minor_formatter("{x:g}")
-        axis.margins(0.15)
+        axis.margins(x=0.22, y=0.15)  # room for names
         figure.legend(loc="outside upper right", ncols=2, frameon=False)
         if label is not None:
             # Towards the better corner, where the edge does not run; of dominated points the other way.
@@ -174,7 +174,7 @@ def _label(
     figure.draw_without_rendering()  # after which it is known what lies where
     dots = axis.transData.transform(np.reshape(places, (-1, 2)))
     taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in dots]
-    room = Bbox.from_extents(figure.bbox.x0, axis.bbox.y0, figure.bbox.x1, axis.bbox.y1 + 10)
+    room = Bbox.from_extents(axis.bbox.x0, axis.bbox.y0, figure.bbox.x1, axis.bbox.y1 + 10)
     line = {"arrowstyle": "-", "linewidth": 0.5, "color": "gray", "shrinkA": 0, "shrinkB": 4}
     for text, place, (x, y), (right, above) in zip(texts, places, dots, corners, strict=True):
         note = axis.annotate(text, place, (0, 0), textcoords="offset points", fontsize=9, arrowprops=line)

@@ -1,7 +1,7 @@
 """Make a trained network smaller and faster: pruning, quantisation, distillation and low rank (2.1.1, 2.1.2)."""
 
 from companion.compress.attention import Attention
-from companion.compress.channels import prune_channels, remove_channels, widths
+from companion.compress.channels import prune_channels, rebuild, remove_channels, widths
 from companion.compress.distill import FewLabels, distill, distillation_loss, few_labels, teacher_outputs
 from companion.compress.graph import ChannelGraph, Width, channel_graph
 from companion.compress.importance import score_channels
@@ -87,6 +87,7 @@ __all__ = [
     "quantize",
     "quantize_onnx",
     "quantize_weights",
+    "rebuild",
     "remove_channels",
     "score_channels",
     "search",

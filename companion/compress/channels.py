@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from companion.compress.graph import (
     ATTENTION,
     CONVOLUTIONS,
     FROZEN,
+    NORMS,
     TRANSPOSED,
     ChannelGraph,
     attributes,
@@ -75,7 +76,8 @@ def prune_channels(
 
     Returns:
         A network of the same class with smaller layers (attention that loses heads becomes `Attention`), on the same
-        device. Prune it again, save, export or train it like any other; an optimizer needs its new parameters.
+        device. Prune it again, export or train it like any other; an optimizer needs its new parameters. Of its
+        ``state_dict()`` `rebuild` makes it again; networks of `models.create` are saved by `models.save`.
 
     Raises:
         CompanionError: a network that cannot be traced, has nothing to remove or runs otherwise than its trace shows; a
@@ -123,6 +125,89 @@ def remove_channels(model: nn.Module, graph: ChannelGraph, keep: np.ndarray) -> 
         if not stays.all():
             _cut(pruned, layer, side, np.flatnonzero(stays), len(labels))
     return pruned
+
+
+def rebuild(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of ``model`` with the weights of ``state``, and as narrow as they are: a pruned network from its file.
+
+    The widths of a pruned network are the shapes of its weights. So ``torch.save(pruned.state_dict(), …)``, or a
+    safetensors file, is all that it takes to keep one. (Networks of `models.create` have `models.save` and
+    `models.load`.)
+
+    Args:
+        model: the network as its own code makes it, not pruned; it is not changed.
+        state: the ``state_dict()`` of what `prune_channels` or `remove_channels` made of such a network.
+
+    Returns:
+        The pruned network, on the device and in the mode of ``model``.
+
+    Raises:
+        CompanionError: weights of another network, or of one that was changed otherwise than in its widths.
+    """
+    if not isinstance(model, nn.Module):
+        raise CompanionError(f"a network (torch.nn.Module) is needed, not {type(model).__name__}.")
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CompanionError("the weights are no state_dict: give tensors by name, as state_dict() does.")
+    result = copy.deepcopy(model)
+    for name, module in list(result.named_modules()):
+        own = {key: state.get(f"{name}.{key}".lstrip(".")) for key in module._parameters | module._buffers}
+        found = {key: value for key, value in own.items() if value is not None}
+        if isinstance(module, ATTENTION):
+            found["out_proj.weight"] = state.get(f"{name}.out_proj.weight".lstrip("."), module.out_proj.weight)
+        if all(value.shape == tensor_of(module, key).shape for key, value in found.items()):
+            continue
+        try:
+            if isinstance(module, nn.MultiheadAttention):
+                module = Attention.of(module)
+                result.set_submodule(name, module)
+            _resize(module, {key: tuple(value.shape) for key, value in found.items()})
+        except (IndexError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+            raise CompanionError(f"the weights of {name or 'the network'} differ in more than their widths.") from error
+        for key, value in found.items():
+            _put(module, key, tensor_of(module, key).detach().new_empty(value.shape))
+    try:
+        result.load_state_dict(state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split("\n\t")[1].split()).rstrip(". ")
+        raise CompanionError(f"the weights do not fit {type(model).__name__}: {reason}.") from error
+    return result
+
+
+def _resize(module: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Let a layer count as many channels as its weights will have.
+
+    Raises:
+        ValueError, TypeError, KeyError, IndexError, ZeroDivisionError: these are not the shapes of such a layer.
+    """
+    kind: Any = type(module)
+    layer: Any = module
+    if kind is Attention:
+        layer.num_heads = shapes["in_proj_weight"][0] // (3 * layer.head_dim)
+        inner = layer.num_heads * layer.head_dim
+        layer.out_proj.in_features = inner
+        expected = {"in_proj_weight": (3 * inner, layer.embed_dim), "in_proj_bias": (3 * inner,)}
+        expected["out_proj.weight"] = (layer.embed_dim, inner)
+    elif kind in (*CONVOLUTIONS, *TRANSPOSED):
+        count, others = shapes["weight"][:2]
+        rows_of, columns_of = ("in_channels", "out_channels") if kind in TRANSPOSED else ("out_channels", "in_channels")
+        if layer.groups > 1:  # whole groups go, such as the channels of a depthwise convolution
+            layer.groups = count // (getattr(layer, rows_of) // layer.groups)
+        setattr(layer, rows_of, count)
+        setattr(layer, columns_of, others * layer.groups)
+        expected = {"weight": (count, others, *layer.kernel_size), "bias": (layer.out_channels,)}
+        if layer.groups > 1 and count % layer.groups:
+            raise ValueError("not whole groups")
+    elif kind is nn.Linear:
+        layer.out_features, layer.in_features = shapes["weight"]
+        expected = {"weight": (layer.out_features, layer.in_features), "bias": (layer.out_features,)}
+    elif kind in NORMS or kind is nn.PReLU:
+        (count,) = next(iter(shapes.values()))
+        setattr(layer, attributes(layer, "out")[0], count)
+        expected = {key: () if key == "num_batches_tracked" else (count,) for key in shapes}
+    else:
+        raise TypeError("not a layer that loses channels")
+    if any(shape != expected[key] for key, shape in shapes.items()):
+        raise ValueError("shapes that do not go together")
 
 
 def widths(model: nn.Module) -> dict[str, int]:

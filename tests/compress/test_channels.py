@@ -17,6 +17,7 @@ from companion.compress import (
     make_permanent,
     prune_channels,
     prune_weights,
+    rebuild,
     remove_channels,
     score_channels,
     widths,
@@ -307,6 +308,50 @@ def test_half_the_time_is_about_half_the_time():
     network, x = models.create("cifar_resnet18", width=32, seed=0).eval(), images(32, 4)
     pruned = prune_channels(network, x, latency=0.5)
     assert 0.15 < metrics.count_macs(pruned, x) / metrics.count_macs(network, x) < 0.8
+
+
+def test_rebuilt_from_a_file_of_any_kind(tmp_path):
+    network = chain()
+    pruned = prune_channels(network, X, 0.5)
+    torch.save(pruned.state_dict(), tmp_path / "pruned.pt")
+    again = rebuild(chain(), torch.load(tmp_path / "pruned.pt"))
+    with torch.no_grad():
+        assert torch.equal(again.eval()(X), pruned.eval()(X))
+    assert widths(again) == widths(pruned) != widths(network)
+    assert rebuild(network, pruned.state_dict()).training == network.training
+    trained = prune_channels(again, X, 0.6)  # and it is pruned like any other
+    assert widths(rebuild(network, trained.state_dict())) == widths(trained)
+
+
+def test_frozen_weights_of_a_rebuilt_network_stay_frozen():
+    network = chain()
+    network[0].requires_grad_(False)
+    again = rebuild(network, prune_channels(network, X, 0.5).state_dict())
+    assert [p.requires_grad for p in again.parameters()] == [False, True, True, True, True]
+
+
+@pytest.mark.parametrize(
+    ("state", "says"),
+    [
+        (lambda network: None, "the weights are no state_dict"),
+        (lambda network: {"0.weight": 3}, "the weights are no state_dict"),
+        (lambda network: {}, r"the weights do not fit Sequential: Missing key\(s\)"),
+        (lambda network: network.state_dict() | {"9.weight": X}, r"do not fit Sequential: Unexpected key\(s\)"),
+        (lambda network: network.state_dict() | {"0.weight": torch.zeros(8, 3, 5, 5)}, "weights of 0 differ in more"),
+        (lambda network: network.state_dict() | {"0.weight": torch.zeros(8)}, "weights of 0 differ in more"),
+        (lambda network: network.state_dict() | {"1.bias": torch.zeros(5)}, "weights of 1 differ in more"),
+        (lambda network: network.state_dict() | {"3.bias": torch.zeros(5)}, "weights of 3 differ in more"),
+        (lambda network: prune_weights(network, 0.5).state_dict(), "do not fit Sequential: "),
+    ],
+)
+def test_weights_that_cannot_be_rebuilt_are_refused_in_one_sentence(state, says):
+    network = chain()
+    with pytest.raises(CompanionError, match=says) as refusal:
+        rebuild(network, state(network))
+    assert str(refusal.value).endswith(".")
+    assert "\n" not in str(refusal.value)
+    with pytest.raises(CompanionError, match=r"a network .* is needed, not str"):
+        rebuild("net.pt", {})
 
 
 @pytest.mark.parametrize("share", [0, -0.5, 1.5, float("nan"), "half", True, None])

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from companion import engines, metrics, models
-from companion.compress import channels, prune_channels
+from companion.compress import channels, prune_channels, rebuild
 from companion.compress.importance import IMPORTANCES
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -74,6 +74,7 @@ def check(monkeypatch):
         assert torch.equal(x, input_before)
         left = metrics.count_macs(pruned, x) / metrics.count_macs(network, x)
         assert share - 0.05 <= left <= share
+        assert_rebuilt(network, pruned, x)
         return pruned
 
     return check
@@ -90,6 +91,17 @@ def compare(network, pruned, graph, keep, x):
     assert float((found - expected).abs().max()) <= tolerance
     # It says something: two images differ by much more, though a random network thinks nearly the same of all noise.
     assert float((expected[0] - expected[1]).abs().max()) > 5e5 * tolerance
+
+
+def assert_rebuilt(network, pruned, x):
+    """From its weights and the whole network, all of its layers as they are."""
+    before = state_of(network)
+    again = rebuild(network, {key: value.clone() for key, value in pruned.state_dict().items()})
+    assert_untouched(network, before)
+    for (name, module), other in zip(pruned.named_modules(), again.modules(), strict=True):
+        assert (type(module), module.extra_repr()) == (type(other), other.extra_repr()), name
+    with torch.no_grad():
+        assert torch.equal(again(x), pruned(x))
 
 
 def check_training_step(pruned, x):

@@ -490,11 +490,7 @@ def test_the_loop_does_not_rest_for_a_call_that_does_not_end():
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no pthread_kill")
-def test_ctrl_c_while_the_loop_rests_loses_no_batch(request):
-    # A shell starts what runs in the background with this signal ignored.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
-
+def test_ctrl_c_while_the_loop_rests_loses_no_batch():
     def predict(items):
         if items == ["again"]:
             time.sleep(0.005)
