@@ -149,7 +149,8 @@ def rebuild(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise CompanionError("the weights are no state_dict: give tensors by name, as state_dict() does.")
     result = copy.deepcopy(model)
-    for name, module in list(result.named_modules()):
+    for name in dict(result.named_modules()):
+        module = result.get_submodule(name)
         own = {key: state.get(f"{name}.{key}".lstrip(".")) for key in module._parameters | module._buffers}
         found = {key: value for key, value in own.items() if value is not None}
         if isinstance(module, ATTENTION):
