@@ -16,7 +16,7 @@ from statistics import mean
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from companion import compress, datasets, engines, metrics, models, train
@@ -90,8 +90,18 @@ def _more_epochs(model: nn.Module, seed: int, epochs: int = EPOCHS) -> nn.Module
     return _tuned(_unchanged(model, seed), seed, epochs)
 
 
-def _channels(model: nn.Module, seed: int, epochs: int = EPOCHS) -> nn.Module:
-    return _tuned(compress.prune_channels(model, engines.example_for(model), macs=MACS, round_to=8), seed, epochs)
+def _channels(model: nn.Module, seed: int, epochs: int = EPOCHS, importance: str = "l2") -> nn.Module:
+    data = list(zip(*(each.split(64) for each in _sample(seed)), strict=True)) if importance == "taylor" else None
+    example = engines.example_for(model)
+    pruned = compress.prune_channels(model, example, macs=MACS, round_to=8, importance=importance, data=data)
+    return _tuned(pruned, seed, epochs)
+
+
+def _sample(seed: int) -> tuple[Tensor, Tensor]:
+    """512 training images [N, C, H, W] of all classes, for criteria that look at gradients, and their labels [N]."""
+    chosen = torch.randperm(len(_data("train")), generator=torch.Generator().manual_seed(seed))[:512].tolist()
+    images, labels = zip(*(_data("train")[i] for i in chosen), strict=True)
+    return torch.stack(images), torch.tensor(labels)
 
 
 def _low_rank(model: nn.Module, seed: int, epochs: int = EPOCHS) -> nn.Module:
@@ -113,9 +123,7 @@ def _torch_pruning(importance: str, model: nn.Module, seed: int) -> nn.Module:
 
     example = engines.example_for(model)
     wanted = MACS * metrics.count_macs(model, example)
-    chosen = torch.randperm(len(_data("train")), generator=torch.Generator().manual_seed(seed))[:512]  # of all classes
-    samples = [_data("train")[i] for i in chosen.tolist()]
-    images, labels = torch.stack([image for image, _ in samples]), torch.tensor([label for _, label in samples])
+    images, labels = _sample(seed)
 
     def pruned(share: float) -> nn.Module:
         smaller = _unchanged(model, seed).eval()
@@ -163,6 +171,7 @@ METHODS = {
     "none": _Method(_unchanged, trains=False),
     "none, trained as long": _Method(_more_epochs, plain=False),
     "channels": _Method(_channels),
+    "channels, Taylor": _Method(partial(_channels, importance="taylor")),
     "channels, Torch-Pruning, L2": _Method(partial(_torch_pruning, "GroupMagnitudeImportance")),
     "channels, Torch-Pruning, Taylor": _Method(partial(_torch_pruning, "GroupTaylorImportance")),
     "channels, Torch-Pruning, BN scale": _Method(partial(_torch_pruning, "BNScaleImportance")),

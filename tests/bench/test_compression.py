@@ -57,8 +57,8 @@ def test_seeds_share_a_folder_and_no_file(method, monkeypatch, tmp_path):
     assert all(path.stat().st_mtime_ns == when for path, when in first.items()), "the second wrote over the first"
 
 
-@pytest.mark.parametrize("how", ["Taylor", "L2"])
-def test_torch_pruning_sees_images_of_all_classes(how, small, monkeypatch, tmp_path):
+@pytest.mark.parametrize("how", ["Taylor", "Torch-Pruning, Taylor", "Torch-Pruning, L2"])
+def test_criteria_see_images_of_all_classes(how, small, monkeypatch):
     """The files of CIFAR-10 are sorted by class."""
     digits = datasets.load("digits", split="train")
     order = digits.targets.argsort()
@@ -69,9 +69,12 @@ def test_torch_pruning_sees_images_of_all_classes(how, small, monkeypatch, tmp_p
     monkeypatch.setattr(
         compression, "cross_entropy", lambda scores, labels: (seen.append(labels), cross_entropy(scores, labels))[1]
     )
-    pruned = compression.METHODS[f"channels, Torch-Pruning, {how}"].make(small, 0)
-    assert seen
-    assert all(len(labels.unique()) == len(digits.labels) for labels in seen)
+    sample = compression._sample(0)
+    assert [each.shape for each in sample] == [(512, 3, 32, 32), (512,)]
+    assert len(sample[1].unique()) == len(digits.labels)
+    pruned = compression.METHODS[f"channels, {how}"].make(small, 0)
+    assert bool(seen) == ("Torch-Pruning" in how)
+    assert all(torch.equal(labels, sample[1]) for labels in seen)
     example = torch.rand(1, 3, 32, 32)
     assert metrics.count_macs(pruned, example) == pytest.approx(0.5 * metrics.count_macs(small, example), rel=0.1)
 
