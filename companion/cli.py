@@ -461,7 +461,7 @@ def compress(
         return
     print(found)
     if missed:
-        print(f"{target} is missed on the test data: " + ", ".join(f"{name}={has:.3g}" for name, has in missed.items()))
+        print(f"{target} is missed on the test data: " + ", ".join(f"{name}={has:.4g}" for name, has in missed.items()))
     elif wanted is not None:
         print(f"{target} is met on the test data")
     print(f"written to {written[0]} (before quantisation) and {written[1]}")

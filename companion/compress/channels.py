@@ -59,8 +59,8 @@ def prune_channels(
         model: any network that `torch.fx` can trace; it is not changed, and its mode (training or not) carries over.
         example: a tensor, a tuple of the network's arguments, or a dict of them by name. Shapes matter, and for
             ``latency`` the values and the batch too.
-        macs: share of the multiply–adds to leave, above 0 and up to 1. What is left is at most that, and no width can
-            grow by a channel (or by ``round_to``) below it; multiples of 8 or 16 can leave narrow networks much less.
+        macs: share of the multiply–adds to leave, above 0 and up to 1. What is left is at most that, and near to it
+            where channels are many; multiples of 8 or 16 can leave narrow networks much less.
         latency: instead of ``macs``, the share of the time to leave: bisection over the share of MACs, each
             try measured against ``model`` by `metrics.compare_latency`, in the example's batch, in one thread.
             Takes some ten seconds, and differs a little from run to run.
@@ -142,7 +142,8 @@ def rebuild(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
         The pruned network, on the device and in the mode of ``model``.
 
     Raises:
-        CompanionError: weights of another network, or of one that was changed otherwise than in its widths.
+        CompanionError: weights of another network, or of one that was changed otherwise than in its widths. Whether the
+            widths of neighbours go together shows only when it runs.
     """
     if not isinstance(model, nn.Module):
         raise CompanionError(f"a network (torch.nn.Module) is needed, not {type(model).__name__}.")
@@ -164,6 +165,8 @@ def rebuild(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
             _resize(module, {key: tuple(value.shape) for key, value in found.items()})
         except (IndexError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
             raise CompanionError(f"the weights of {name or 'the network'} differ in more than their widths.") from error
+        if any(math.prod(value.shape) > tensor_of(module, key).numel() for key, value in found.items()):
+            raise CompanionError(f"the weights of {name or 'the network'} are wider than it is, not narrower.")
         for key, value in found.items():
             _put(module, key, tensor_of(module, key).detach().new_empty(value.shape))
     try:
@@ -207,7 +210,7 @@ def _resize(module: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None:
         expected = {key: () if key == "num_batches_tracked" else (count,) for key in shapes}
     else:
         raise TypeError("not a layer that loses channels")
-    if any(shape != expected[key] for key, shape in shapes.items()):
+    if 0 in next(iter(expected.values())) or any(shape != expected[key] for key, shape in shapes.items()):
         raise ValueError("shapes that do not go together")
 
 
@@ -320,16 +323,13 @@ class _Plan:
 
             wanted = chosen(self.largest(chosen, target))
         counts = self.rounded(wanted)
-        # What rounding left of the target: a step more where it rounded down the most, as long as one fits.
-        while True:
-            for width in np.argsort(counts / np.maximum(wanted, 1e-9), kind="stable"):
-                more = counts.copy()
-                more[width] = next((n for n in self.allowed[width] if n > counts[width]), counts[width])
-                if more[width] > counts[width] and self.macs(more) <= target:
-                    counts = more
-                    break
-            else:
-                return counts
+        # What rounding left of the target: one step more where it rounded down the most, as long as it fits.
+        for width in np.argsort(counts / np.maximum(wanted, 1e-9), kind="stable"):
+            more = counts.copy()
+            more[width] = next((n for n in self.allowed[width] if n > counts[width]), counts[width])
+            if self.macs(more) <= target:
+                counts = more
+        return counts
 
     def largest(self, wanted: Any, target: float) -> float:
         """By bisection, the highest knob in 0..1 at which what is wanted, rounded, needs at most so many MACs."""

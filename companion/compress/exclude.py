@@ -22,7 +22,7 @@ def excluded(exclude: Any, names: Collection[str]) -> tuple[str, ...]:
         raise CompanionError(f"exclude is {exclude!r}: give the names of layers, or () to leave none alone.")
     found = (exclude,) if isinstance(exclude, str) else tuple(exclude)
     for name in found:
-        if name not in names:
+        if not isinstance(name, str) or not name or name not in names:
             layers = [name for name in names if name]
             choice = ", ".join(layers[:SHOWN]) + (" and others" if len(layers) > SHOWN else "") or "nothing"
             raise CompanionError(f"there is no layer {name!r} to exclude: choose among {choice}.")

@@ -36,8 +36,8 @@ ROUND = 8
 channels at once. At half the MACs a cifar_resnet20 takes 0.75 of the time with such widths, 0.88 with any. Multiples of
 16 would take 0.55, but leave a narrow network too little choice: cifar_resnet14 at half the MACs, trained for an epoch,
 kept 84 % of the hard digits instead of 98."""
-NEAR = 0.05
-"""So much less than the share of the MACs that was asked for may be left."""
+NEAR = 0.1
+"""So much less may be left, of the MACs that were asked for."""
 CALIBRATION = 16
 """Batches of training images from which the ranges of int8 activations are taken."""
 
@@ -191,7 +191,7 @@ class _Job:
 
 
 def _prune(model: nn.Module, share: Any, job: _Job) -> nn.Module:
-    wanted = (share - NEAR) * metrics.count_macs(model, job.example)
+    wanted = (1 - NEAR) * share * metrics.count_macs(model, job.example)
     for multiple in (ROUND, ROUND // 2):
         with suppress(CompanionError):
             pruned = prune_channels(model, job.example, macs=share, round_to=multiple)
@@ -381,7 +381,7 @@ class Target:
             "points": round(100 * (start.score - stage.score), 6),
         }
         most = asdict(self)
-        return {name: has for name, has in found.items() if most[name] is not None and has > most[name]}
+        return {name: has for name, has in found.items() if most[name] is not None and not has <= most[name]}
 
 
 def parse_target(text: str) -> Target:

@@ -175,6 +175,10 @@ def test_what_a_target_misses(target, missed):
     assert target.missed(Stage("x", 0.94, None, 400, 1000, Ratio(0.6, 0.5, 0.7)), START) == missed
 
 
+def test_a_score_that_is_no_number_meets_nothing():
+    assert Target().missed(Stage("x", float("nan"), None, 400, 1000, None), START).keys() == {"points"}
+
+
 def test_a_search_keeps_the_most_accurate_that_meets_the_target(network, digits, monkeypatch):
     monkeypatch.setattr(pipeline, "GRID", ("", "prune=0.5"))
     few = Subset(digits["train"], range(400))

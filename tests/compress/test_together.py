@@ -155,6 +155,6 @@ def test_exclude_means_the_same_everywhere(method):
     for names in (None, 5):
         with pytest.raises(CompanionError, match=rf"^exclude is {names}: give the names of layers, or \(\) to leave"):
             EXCLUDING[method](network, x, names)
-    for names in ("last", ["conv1", "last"], [3]):
-        with pytest.raises(CompanionError, match=r"^there is no layer .* to exclude: choose among \w+, "):
+    for names in ("last", ["conv1", "last"], [3], "", [["conv1"]]):
+        with pytest.raises(CompanionError, match=r"^there is no layer .+ to exclude: choose among \w+, "):
             EXCLUDING[method](network, x, names)
