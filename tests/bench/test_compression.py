@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
-from companion import CompanionError, datasets, metrics, models
+from companion import CompanionError, compress, datasets, metrics, models
 from companion.bench import compression
 from companion.datasets.arrays import ArrayImages
 
@@ -72,8 +72,15 @@ def test_criteria_see_images_of_all_classes(how, small, monkeypatch):
     sample = compression._sample(0)
     assert [each.shape for each in sample] == [(512, 3, 32, 32), (512,)]
     assert len(sample[1].unique()) == len(digits.labels)
+    prune_channels = compress.prune_channels
+
+    def ours(*arguments, data, **options):
+        seen.append(torch.cat([labels for _, labels in data]))
+        return prune_channels(*arguments, data=data, **options)
+
+    monkeypatch.setattr(compress, "prune_channels", ours)
     pruned = compression.METHODS[f"channels, {how}"].make(small, 0)
-    assert bool(seen) == ("Torch-Pruning" in how)
+    assert seen
     assert all(torch.equal(labels, sample[1]) for labels in seen)
     example = torch.rand(1, 3, 32, 32)
     assert metrics.count_macs(pruned, example) == pytest.approx(0.5 * metrics.count_macs(small, example), rel=0.1)
