@@ -59,8 +59,14 @@ def test_killed_at_twenty_random_moments(whole, tmp_path):
         name = f"run{trial}.safetensors"
         process = start(tmp_path, name)
         assert "parameters" in process.stdout.readline()
-        # Every fourth anywhere, in the preparations too; the others while it trains.
-        time.sleep(moments.uniform(0 if trial % 4 == 0 else began, ended))
+        # A third from the preparations to the end of epoch 1, a third in epoch 2, a third in epoch 3. They are told by
+        # the epochs that this process printed: on a shared machine no run takes as long as the one before.
+        longest = began + (ended - began) / 3
+        for _ in range(trial % 3):
+            started = time.monotonic()
+            assert "epoch" in process.stdout.readline()
+            longest = min((ended - began) / 3, time.monotonic() - started)
+        time.sleep(moments.uniform(0, longest))
         process.send_signal(signal.SIGKILL)
         process.communicate()
         killed += process.returncode == -signal.SIGKILL
@@ -70,7 +76,7 @@ def test_killed_at_twenty_random_moments(whole, tmp_path):
         assert (tmp_path / name).read_bytes() == weights, f"kill number {trial}"
     print(f"{killed} of 20 were killed before they ended, {resumed} of them with a checkpoint")
     assert killed >= 15
-    assert resumed >= 5
+    assert resumed >= 10
 
 
 @pytest.mark.stress
