@@ -15,7 +15,7 @@ PARTS := test-notebooks test-first test-rest test-engines
 FIRST := tests/bench tests/cli tests/compress tests/datasets tests/detect
 
 # Those of `stress`, likewise, but for what measures, which wants the machine for itself.
-STRESS := stress-first stress-rest stress-engines
+STRESS := stress-first stress-rest stress-detect stress-engines
 MEASURES := tests/metrics tests/compress/test_channels.py tests/serve/test_soak.py
 
 TWO_AT_A_TIME = $(MAKE) --jobs=2 --keep-going --output-sync=target --no-print-directory
@@ -74,10 +74,14 @@ stress: $(VENV)/.test
 	$(TWO_AT_A_TIME) $(STRESS)
 
 stress-first:
-	$(PY) -m pytest -m stress $(addprefix --ignore=,$(MEASURES)) $(FIRST)
+	$(PY) -m pytest -m stress $(addprefix --ignore=,$(MEASURES)) $(filter-out tests/detect,$(FIRST))
 
 stress-rest:
 	$(PY) -m pytest -m stress $(addprefix --ignore=,$(MEASURES) $(FIRST) tests/engines)
+
+# Apart from the first, whose pruned networks of full size take as long as all others.
+stress-detect:
+	$(PY) -m pytest -m stress tests/detect
 
 stress-engines:
 	$(PY) -m pytest -m stress tests/engines
